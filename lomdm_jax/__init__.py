@@ -1,0 +1,1 @@
+"""Masked text diffusion in JAX with the generation order under control."""

@@ -1,0 +1,33 @@
+"""Orders learned together with the model: from a network's scores to exponents."""
+
+import jax
+import jax.numpy as jnp
+
+from lomdm_jax.errors import UserError
+from lomdm_jax.orders.schedule import Power
+
+
+def norm_sig(scores_BL: jax.Array) -> jax.Array:
+    """sigmoid(v_i) minus its mean over the sequence, float32 [..., L], inside (-1, 1)."""
+    squashed = jax.nn.sigmoid(scores_BL.astype(jnp.float32))
+    return squashed - jnp.mean(squashed, axis=-1, keepdims=True)
+
+
+def lomdm(scores_BL: jax.Array, c1: float, c2: float) -> Power:
+    """LoMDM's exponents e_i = c1 + c2 * NormSig(scores)_i (arXiv 2602.02112).
+
+    c1 is the mean exponent, c2 how far priorities spread; (1, 0) is masked diffusion.
+
+    Args:
+      scores_BL: one score per position, [..., L].
+      c1, c2: c1 > c2 >= 0 keeps every exponent positive, since NormSig is above -1.
+
+    Raises:
+      UserError: if c1 <= c2 or c2 < 0.
+    """
+    if not c1 > c2 >= 0:
+        raise UserError(
+            f"order.c1 is {c1} and order.c2 is {c2}, but exponents c1 + c2 * NormSig stay positive "
+            "only for c1 > c2 >= 0: raise c1 or lower c2 (the paper's best is c1 = 0.7, c2 = 0.65)."
+        )
+    return Power(c1 + c2 * norm_sig(scores_BL))
