@@ -1,0 +1,99 @@
+"""A denoiser with an order: the generative model that is trained, scored and sampled."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.objectives.nelbo import Reverse
+from lomdm_jax.orders import Order, make_order
+from lomdm_jax.orders.schedule import Power
+
+# MDLM's log-linear noise: sigma(t) = -log(1 - (1 - 1e-3) t), finite at t = 1.
+SIGMA_EPS = 1e-3
+
+
+class Generator(NamedTuple):
+    """Pure functions of the parameters (a plain dict of arrays).
+
+    graphdef: structure of a `models.denoiser.Denoiser`.
+    order: from scores to schedules.
+    mask_id: id of the mask token.
+    time_conditioning: whether the network is told the noise level at t.
+    """
+
+    graphdef: Any
+    order: Order
+    mask_id: int
+    time_conditioning: bool = False
+
+    def forward(self, params: Any, x_BL: jax.Array) -> Power:
+        """The forward schedule of the clean tokens x, exponents [B, L]."""
+        return self.order.schedule(nnx.merge(self.graphdef, params).forward_scores(x_BL))
+
+    def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
+        """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
+        logits [K, B, L, V] and the reverse schedule, exponents [K, B, L]."""
+
+        def call(z_KBL: jax.Array, log_t_B: jax.Array | None) -> tuple[jax.Array, Power]:
+            count = z_KBL.shape[0]
+            # Rows of one example stay neighbours, so that a batch split over devices stays split.
+            z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])
+            logits_NLV, scores_NL = nnx.merge(self.graphdef, params).denoise(
+                z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count)
+            )
+            logits, scores = (
+                a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1) for a in (logits_NLV, scores_NL)
+            )
+            return logits, self.order.schedule(scores)
+
+        return call
+
+    def _sigma(self, log_t_B: jax.Array | None, count: int) -> jax.Array | None:
+        if not self.time_conditioning or log_t_B is None:
+            return None
+        return jnp.repeat(-jnp.log1p(-(1 - SIGMA_EPS) * jnp.exp(log_t_B)), count)
+
+
+def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generator:
+    """The generator of the config sections `model` and `order`, without parameters.
+
+    vocab_size: rows of the token table, the mask token included.
+    """
+    order = make_order(**config.order)
+    module = nnx.eval_shape(lambda: _denoiser(config, vocab_size, order.learned, nnx.Rngs(0)))
+    graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+    assert not jax.tree.leaves(rest), "the model must hold parameters and nothing else"
+    return Generator(graphdef, order, mask_id, config.model.time_conditioning)
+
+
+def init_params(config: ConfigDict, vocab_size: int, key: jax.Array) -> Any:
+    """Fresh parameters, float32 arrays in a plain dict; run it under jit."""
+    learned = make_order(**config.order).learned
+    module = _denoiser(config, vocab_size, learned, nnx.Rngs(params=key))
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def _denoiser(config: ConfigDict, vocab_size: int, learned: bool, rngs: nnx.Rngs) -> Denoiser:
+    model = config.model
+    return Denoiser(
+        vocab_size=vocab_size,
+        width=model.width,
+        layers=model.layers,
+        heads=model.heads,
+        cond_dim=model.cond_dim,
+        dropout=model.dropout,
+        dtype=jnp.dtype(model.dtype),
+        order_heads=learned,
+        rngs=rngs,
+    )
+
+
+def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:
+    """One key for each of `count` rows per example, [B * count]."""
+    if keys_B is None:
+        return None
+    return jax.vmap(lambda key: jax.random.split(key, count))(keys_B).reshape(-1)

@@ -1,0 +1,225 @@
+"""The backbone: MDLM's DiT (kuleshov-group/mdlm, models/dit.py), layer for layer.
+
+Rotary positions, adaptive layer norm conditioned on the noise level, scale-only layer norm in
+float32, tanh-GELU, gates and output projection that start at zero. Parameters carry MDLM's names,
+with a Linear's `weight` [out, in] stored as `kernel` [in, out] and a norm's `weight` as `scale`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# torch.nn.Linear's default: uniform within 1 / sqrt(fan_in).
+_torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_zeros = nnx.initializers.zeros
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype,
+    use_bias: bool = True,
+    zero: bool = False,
+) -> nnx.Linear:
+    """A Linear that starts as PyTorch's does, or at zero."""
+    bound = 1 / math.sqrt(in_features)
+
+    def bias(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        kernel_init=_zeros if zero else _torch_linear,
+        bias_init=_zeros if zero else bias,
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=1e-5, use_bias=False, dtype=jnp.float32, rngs=rngs)
+
+
+def rotary(x_BLHD: jax.Array, positions_L: jax.Array) -> jax.Array:
+    """Rotate halves by position (base 10000, full head dimension), in float32."""
+    half = x_BLHD.shape[-1] // 2
+    frequency_D = 10000.0 ** (-jnp.arange(half) / half)
+    angle_L1D = positions_L[:, None, None] * frequency_D
+    cos, sin = jnp.cos(angle_L1D), jnp.sin(angle_L1D)
+    first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHD.dtype)
+
+
+def dropout(x_BLD: jax.Array, keys_B: jax.Array | None, rate: float, salt: int) -> jax.Array:
+    """Dropout with one key per row, so that it does not depend on how a batch is split."""
+    if keys_B is None or rate == 0:
+        return x_BLD
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, salt)
+    draw = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BLD.shape[1:]))
+    return jnp.where(draw(keys_B), x_BLD / (1 - rate), 0).astype(x_BLD.dtype)
+
+
+def _modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax.Array:
+    return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
+class TimestepEmbedder(nnx.Module):
+    """Noise level sigma [B] to a conditioning vector [B, cond_dim]."""
+
+    FREQUENCIES = 256  # MDLM's frequency_embedding_size
+
+    def __init__(self, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.mlp = nnx.Dict(
+            {
+                "0": linear(self.FREQUENCIES, cond_dim, rngs=rngs, dtype=dtype),
+                "2": linear(cond_dim, cond_dim, rngs=rngs, dtype=dtype),
+            }
+        )
+
+    def __call__(self, sigma_B: jax.Array) -> jax.Array:
+        half = self.FREQUENCIES // 2
+        frequency_D = jnp.exp(-math.log(10000.0) * jnp.arange(half) / half)
+        angle_BD = sigma_B[:, None] * frequency_D
+        embedded_BD = jnp.concatenate([jnp.cos(angle_BD), jnp.sin(angle_BD)], axis=-1)
+        return self.mlp["2"](jax.nn.silu(self.mlp["0"](embedded_BD)))
+
+
+class Block(nnx.Module):
+    """Attention and MLP, each behind an adaptive layer norm and a gate that starts at zero."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        cond_dim: int,
+        *,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.heads, self.dropout = heads, dropout
+        self.norm1 = layer_norm(width, rngs)
+        self.attn_qkv = linear(width, 3 * width, use_bias=False, rngs=rngs, dtype=dtype)
+        self.attn_out = linear(width, width, use_bias=False, rngs=rngs, dtype=dtype)
+        self.norm2 = layer_norm(width, rngs)
+        self.mlp = nnx.Dict(
+            {
+                "0": linear(width, 4 * width, rngs=rngs, dtype=dtype),
+                "2": linear(4 * width, width, rngs=rngs, dtype=dtype),
+            }
+        )
+        self.adaLN_modulation = linear(cond_dim, 6 * width, zero=True, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        cond_BD: jax.Array,
+        positions_L: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+        salt: int = 0,
+    ) -> jax.Array:
+        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
+            self.adaLN_modulation(cond_BD), 6, axis=-1
+        )
+        h_BLD = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), positions_L)
+        x_BLD = x_BLD + gate1[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt)
+        h_BLD = self.mlp["0"](_modulate(self.norm2(x_BLD), shift2, scale2))
+        h_BLD = self.mlp["2"](jax.nn.gelu(h_BLD, approximate=True))
+        return x_BLD + gate2[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
+
+    def _attend(self, x_BLD: jax.Array, positions_L: jax.Array) -> jax.Array:
+        batch, length, width = x_BLD.shape
+        qkv = self.attn_qkv(x_BLD).reshape(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        query, key = rotary(query, positions_L), rotary(key, positions_L)
+        mixed_BLHD = jax.nn.dot_product_attention(query, key, value)
+        return self.attn_out(mixed_BLHD.reshape(batch, length, width))
+
+
+class Embedding(nnx.Module):
+    """Token table [vocabulary, width], uniform within 1 / sqrt(width) (kaiming, a = sqrt 5)."""
+
+    def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+        bound = 1 / math.sqrt(width)
+        self.embedding = nnx.Param(
+            jax.random.uniform(rngs.params(), (vocab_size, width), jnp.float32, -bound, bound)
+        )
+
+    def __call__(self, tokens_BL: jax.Array) -> jax.Array:
+        return self.embedding[tokens_BL]
+
+
+class OutputLayer(nnx.Module):
+    """Hidden states to float32 logits over the vocabulary, the mask token included."""
+
+    def __init__(
+        self, width: int, vocab_size: int, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.dtype = dtype
+        self.norm_final = layer_norm(width, rngs)
+        self.linear = linear(width, vocab_size, zero=True, rngs=rngs, dtype=dtype)
+        self.adaLN_modulation = linear(cond_dim, 2 * width, zero=True, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.adaLN_modulation(cond_BD), 2, axis=-1)
+        h_BLD = _modulate(self.norm_final(x_BLD), shift, scale).astype(self.dtype)
+        # Products in the compute dtype, sums and logits in float32: a bound must not be rounded.
+        kernel = self.linear.kernel[...].astype(self.dtype)
+        logits_BLV = jnp.matmul(h_BLD, kernel, preferred_element_type=jnp.float32)
+        return logits_BLV + self.linear.bias[...]
+
+
+class Transformer(nnx.Module):
+    """Tokens [B, L] to hidden states [B, L, width]; `output_layer` turns those into logits.
+
+    Args:
+      vocab_size: number of rows of the token table, the mask token included.
+      width: hidden size, a multiple of 2 * heads.
+      layers, heads, cond_dim: numbers of blocks and heads, size of the conditioning vector.
+      dropout: rate inside the blocks, used only when keys are passed.
+      dtype: compute dtype; parameters are float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        cond_dim: int,
+        dropout: float,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.vocab_embed = Embedding(vocab_size, width, rngs=rngs)
+        self.sigma_map = TimestepEmbedder(cond_dim, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(
+            Block(width, heads, cond_dim, dropout=dropout, dtype=dtype, rngs=rngs)
+            for _ in range(layers)
+        )
+        self.output_layer = OutputLayer(width, vocab_size, cond_dim, dtype=dtype, rngs=rngs)
+
+    def condition(self, sigma_B: jax.Array) -> jax.Array:
+        """Conditioning vector [B, cond_dim] of the noise level sigma [B]."""
+        return jax.nn.silu(self.sigma_map(sigma_B))
+
+    def hidden(
+        self,
+        tokens_BL: jax.Array,
+        cond_BD: jax.Array,
+        positions_L: jax.Array,
+        dropout_keys_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states [B, L, width]; the residual stream is float32, as in MDLM."""
+        x_BLD = self.vocab_embed(tokens_BL)
+        for index, block in enumerate(self.blocks):
+            x_BLD = block(x_BLD, cond_BD, positions_L, dropout_keys_B, index)
+        return x_BLD

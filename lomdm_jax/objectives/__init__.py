@@ -1,0 +1,62 @@
+"""What is minimised, by name."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lomdm_jax.errors import UserError
+from lomdm_jax.objectives import nelbo
+from lomdm_jax.objectives.leave_one_out import surrogate
+from lomdm_jax.objectives.nelbo import Batch, Estimate, Reverse
+from lomdm_jax.orders.schedule import Power
+
+NAMES = ("continuous", "order")
+
+
+class Objective(NamedTuple):
+    """An estimator of the bound and the names of the terms that training minimises."""
+
+    estimate: Callable[[Batch, Power, Reverse], Estimate]
+    terms: tuple[str, ...]
+
+
+def make_objective(
+    name: str, *, mask_id: int, samples: int, eps: float, reconstruction_share: float
+) -> Objective:
+    """The objective called `name`.
+
+    "continuous" is the paper's bound with its reconstruction term; "order" is the time-free
+    bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only.
+
+    Raises:
+      UserError: for an unknown name.
+    """
+    if name == "continuous":
+        estimate = functools.partial(
+            nelbo.continuous,
+            mask_id=mask_id,
+            samples=samples,
+            eps=eps,
+            reconstruction_share=reconstruction_share,
+        )
+        return Objective(estimate, ("main", "order", "clock", "reconstruction"))
+    if name == "order":
+        estimate = functools.partial(nelbo.time_free, mask_id=mask_id, samples=samples)
+        return Objective(estimate, ("main", "order"))
+    raise UserError(f"The objective {name!r} is not known: use one of {', '.join(NAMES)}.")
+
+
+def loss(
+    objective: Objective, batch: Batch, forward: Power, reverse: Reverse
+) -> tuple[jax.Array, Estimate]:
+    """Training loss per sequence, float32 [B], and the estimate it was made from.
+
+    The loss has the gradient of the bound for every parameter. Its value is that of the bound
+    plus the score-function surrogate, so report the estimate's terms instead.
+    """
+    estimate = objective.estimate(batch, forward, reverse)
+    total_KB = jnp.sum(jnp.stack([getattr(estimate.terms, name) for name in objective.terms]), 0)
+    return jnp.mean(total_KB, axis=0) + surrogate(estimate.log_q_KB, total_KB), estimate

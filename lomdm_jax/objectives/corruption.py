@@ -1,0 +1,64 @@
+"""Drawing masked sequences: from a schedule at a time, or from a race with n positions left.
+
+Every draw is a pure function of one key per example, so it does not depend on how a global batch
+is cut into micro-batches or spread over devices.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lomdm_jax.orders import race
+from lomdm_jax.orders.schedule import Schedule, log_mask_probability
+
+
+class Corruption(NamedTuple):
+    """K masked versions of each sequence.
+
+    mask_KBL: bool, True where the token is hidden.
+    log_q_KB: float32, nats: log-probability of the draw, for the score-function gradient.
+    """
+
+    mask_KBL: jax.Array
+    log_q_KB: jax.Array
+
+
+def stratified_uniforms(key: jax.Array, index_B: jax.Array, total: int) -> jax.Array:
+    """One uniform in [0, 1) per example, float32 [B], stratified over the whole global batch.
+
+    u_b = (u + b / total) mod 1 with one shared u, so the `total` examples of a batch fall one in
+    each of `total` equal cells, however the batch is split (Kingma et al., arXiv 2107.00630).
+
+    Args:
+      key: one PRNG key, the same for every part of the batch.
+      index_B: index of each example in the global batch, int32.
+      total: size of the global batch.
+    """
+    return jnp.mod(jax.random.uniform(key) + index_B / total, 1.0)
+
+
+def corrupt_at(
+    keys_B: jax.Array, schedule: Schedule, log_t_B: jax.Array, targets_BL: jax.Array, samples: int
+) -> Corruption:
+    """Mask each target independently with probability m_i(t), `samples` times per sequence."""
+    shape = (samples, targets_BL.shape[-1])
+    uniform_KBL = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys_B)
+    # log(0) = -inf compares as it should: such a position is masked whenever m > 0.
+    mask_KBL = (jnp.log(uniform_KBL) < schedule.log_mask(log_t_B)) & targets_BL
+    return Corruption(mask_KBL, log_mask_probability(schedule, log_t_B, mask_KBL, targets_BL))
+
+
+def corrupt_race(
+    keys_B: jax.Array, log_w_BL: jax.Array, masked_B: jax.Array, targets_BL: jax.Array, samples: int
+) -> Corruption:
+    """Draw a reveal order by the race with weights w and mask its last `masked_B` targets.
+
+    log_q is the log-probability of the ordered reveals before them.
+    """
+    draw = jax.vmap(race.race_ranks, in_axes=(0, 0, 0), out_axes=0)
+    keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys_B)
+    rank_KBL = jax.vmap(draw, in_axes=(0, None, None))(keys_KB, log_w_BL, targets_BL)
+    mask_KBL = rank_KBL >= (targets_BL.shape[-1] - masked_B)[:, None]
+    log_q_KB = race.prefix_log_probability(log_w_BL, rank_KBL, targets_BL, mask_KBL)
+    return Corruption(mask_KBL, log_q_KB)

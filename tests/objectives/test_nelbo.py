@@ -1,0 +1,185 @@
+"""Both estimators against exact enumeration, in value and in gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lomdm_jax.generator import Generator
+from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.objectives import loss, make_objective
+from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.leave_one_out import surrogate
+from lomdm_jax.objectives.nelbo import Batch
+from lomdm_jax.orders import make_order
+from tests import oracle
+
+EPS = 1e-3
+MODEL = oracle.TableModel(length=3, vocab=2)
+PARAMS = MODEL.init(jax.random.key(0))
+SEQUENCES = oracle.sequences(3, 2)
+ALL_STATES = [oracle.states_of(MODEL, PARAMS, x) for x in SEQUENCES]
+
+
+def objective(name, samples=2, eps=EPS, share=1 / 4):
+    return make_objective(
+        name, mask_id=2, samples=samples, eps=eps, reconstruction_share=share
+    )
+
+
+def rows(x, count, key):
+    """`count` rows of the same sequence, stratified as one global batch."""
+    tokens = jnp.broadcast_to(jnp.asarray(x), (count, len(x)))
+    time_key, row_key = jax.random.split(key)
+    uniform = stratified_uniforms(time_key, jnp.arange(count), count)
+    return Batch(tokens, jnp.ones_like(tokens, bool), jax.random.split(row_key, count), uniform)
+
+
+def scored(batch, params=PARAMS):
+    """What an estimator takes: the rows, and the table model's forward and reverse."""
+    return batch, MODEL.forward(params, batch.tokens_BL), MODEL.reverse(params)
+
+
+def within(samples, exact, errors=4.0, rounding=1e-5):
+    """Is the mean of independent `samples` [N, ...] within `errors` standard errors of exact?"""
+    samples = np.asarray(samples, np.float64)
+    mean, error = samples.mean(0), samples.std(0, ddof=1) / np.sqrt(len(samples))
+    return np.all(np.abs(mean - np.asarray(exact)) <= errors * error + rounding)
+
+
+def test_p_sums_to_one():
+    total = sum(float(jnp.exp(oracle.log_p(MODEL, PARAMS, x))) for x in SEQUENCES)
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_closed_form_equals_quadrature():
+    for states in ALL_STATES:
+        long = oracle.quadrature(states, eps=1e-200, nodes=400)
+        np.testing.assert_allclose(oracle.closed_form(states)[:3], long[:3], rtol=2e-4, atol=1e-6)
+
+
+def test_order_of_the_bounds():
+    for x, states in zip(SEQUENCES, ALL_STATES, strict=True):
+        exact = oracle.closed_form(states)
+        nll = -float(oracle.log_p(MODEL, PARAMS, x))
+        nelbo_order = float(exact.main + exact.order)
+        assert nll < nelbo_order < nelbo_order + float(exact.clock)
+        assert float(exact.clock) > 0 and float(exact.order) > 0
+
+
+def test_truncation_breaks_the_bound_and_reconstruction_mends_it():
+    below = 0
+    for x, states in zip(SEQUENCES, ALL_STATES, strict=True):
+        cut = oracle.quadrature(states, EPS)
+        nll = -float(oracle.log_p(MODEL, PARAMS, x))
+        below += float(sum(cut[:3])) < nll
+        assert float(sum(cut)) > nll
+    assert below >= 4  # exponents are small: without the term it is no bound
+
+
+@pytest.mark.parametrize("name", ["continuous", "order"])
+def test_estimates_are_unbiased(name):
+    @functools.partial(jax.jit, static_argnums=0)
+    def draw(name, x, key):
+        estimate = objective(name).estimate(*scored(rows(x, 256, key)))
+        return jnp.stack([jnp.mean(term) for term in estimate.terms])
+
+    for x, states in zip(SEQUENCES[:4], ALL_STATES, strict=False):
+        exact = oracle.quadrature(states, EPS) if name == "continuous" else None
+        exact = exact or oracle.closed_form(states)
+        keys = jax.random.split(jax.random.key(7), 300)
+        drawn = jax.lax.map(lambda key, x=x: draw(name, jnp.asarray(x), key), keys)
+        assert within(drawn, exact), (x, drawn.mean(0), exact)
+
+
+def test_order_estimate_has_no_variance_at_initialisation():
+    """Every cross-entropy is log V and all weights are equal: each draw is L log V exactly."""
+    params = jax.tree.map(jnp.zeros_like, PARAMS)
+    x = jnp.array([0, 1, 0])
+    estimate = objective("order").estimate(*scored(rows(x, 64, jax.random.key(0)), params))
+    np.testing.assert_allclose(estimate.terms.main, 3 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(estimate.terms.order, 0, atol=1e-6)
+
+
+def test_positions_that_are_not_targets_stay_visible_and_cost_nothing():
+    x = jnp.array([0, 1, 1])
+    targets = jnp.array([True, False, True])
+    for name in ("continuous", "order"):
+        batch = rows(x, 128, jax.random.key(3))._replace(targets_BL=jnp.tile(targets, (128, 1)))
+        estimate = objective(name).estimate(*scored(batch))
+        assert not estimate.mask_KBL[..., 1].any()
+        assert estimate.mask_KBL[..., 0].any() and estimate.mask_KBL[..., 2].any()
+        assert all(jnp.isfinite(term).all() for term in estimate.terms)
+        none = batch._replace(targets_BL=jnp.zeros((128, 3), bool))
+        assert all((term == 0).all() for term in objective(name).estimate(*scored(none)).terms)
+
+
+def tiny_network():
+    """A real denoiser with both heads, all parameters random, so that no gradient is zero."""
+
+    def make():
+        sizes = dict(vocab_size=3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0)
+        return Denoiser(**sizes, dtype=jnp.float32, order_heads=True, rngs=nnx.Rngs(0))
+
+    graphdef, params = nnx.split(make(), nnx.Param)
+    params = nnx.to_pure_dict(params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    leaves = [a + 0.5 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    order = make_order("lomdm", c1=0.7, c2=0.65, exponent=1.0)
+    return Generator(graphdef, order, mask_id=2), jax.tree.unflatten(tree, leaves)
+
+
+def exact_loss(generator, params, x, name):
+    states = oracle.states_of(generator, params, x)
+    if name == "continuous":
+        return sum(oracle.quadrature(states, EPS, nodes=60))
+    exact = oracle.closed_form(states)
+    return exact.main + exact.order
+
+
+@pytest.mark.parametrize("name", ["continuous", "order"])
+def test_gradients_match_enumeration(name):
+    """theta, phi and psi: the mean gradient of the training loss, along random directions."""
+    generator, params = tiny_network()
+    x = np.array([1, 0, 1], np.int32)
+    exact = jax.jit(jax.grad(lambda p: exact_loss(generator, p, x, name)))(params)
+
+    @jax.jit
+    def draws(keys):
+        def one(key):
+            def value(p):
+                reverse, batch = generator.reverse(p), rows(x, 64, key)
+                forward = generator.forward(p, batch.tokens_BL)
+                return jnp.mean(loss(objective(name), batch, forward, reverse)[0])
+
+            return project(jax.grad(value)(params))
+
+        return jax.lax.map(one, keys)
+
+    def project(grads):
+        """Six random directions for each group of parameters."""
+        return {
+            group: jnp.stack([direction_sum(grads[group], i) for i in range(6)])
+            for group in ("backbone", "forward_head", "reverse_head")
+        }
+
+    def direction_sum(tree, i):
+        leaves = jax.tree.leaves(tree)
+        keys = jax.random.split(jax.random.key(100 + i), len(leaves))
+        pairs = zip(leaves, keys, strict=True)
+        return sum(jnp.sum(a * jax.random.normal(k, a.shape)) for a, k in pairs)
+
+    drawn, expected = draws(jax.random.split(jax.random.key(11), 400)), project(exact)
+    for group, samples in drawn.items():
+        assert np.abs(expected[group]).max() > 1e-2, f"the {group} gradient vanishes: no test"
+        assert within(samples, expected[group], rounding=1e-4), (group, expected[group])
+
+
+def test_leave_one_out_with_two_samples_is_the_papers_surrogate():
+    log_q, values = jnp.array([[0.3], [-1.0]]), jnp.array([[2.0], [5.0]])
+    expected = 0.5 * (log_q[0] - log_q[1]) * (values[0] - values[1])
+    np.testing.assert_allclose(surrogate(log_q, values), expected, rtol=1e-6)
