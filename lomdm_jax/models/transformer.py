@@ -153,7 +153,7 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
-        return self.embedding[tokens_BL]
+        return jnp.take(self.embedding[...], tokens_BL, axis=0)
 
 
 class OutputLayer(nnx.Module):

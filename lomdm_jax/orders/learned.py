@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.errors import UserError
+from lomdm_jax.orders.fixed import polynomial
 from lomdm_jax.orders.schedule import Power
 
 
@@ -30,4 +31,6 @@ def lomdm(scores_BL: jax.Array, c1: float, c2: float) -> Power:
             f"order.c1 is {c1} and order.c2 is {c2}, but exponents c1 + c2 * NormSig stay positive "
             "only for c1 > c2 >= 0: raise c1 or lower c2 (the paper's best is c1 = 0.7, c2 = 0.65)."
         )
+    if c2 == 0:  # nothing depends on the scores: the program is that of a fixed order, bit by bit
+        return polynomial(scores_BL, c1)
     return Power(c1 + c2 * norm_sig(scores_BL))

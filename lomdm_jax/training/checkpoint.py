@@ -1,0 +1,149 @@
+"""Checkpoints: everything a run needs to continue as if it had never stopped."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from lomdm_jax.errors import UserError
+from lomdm_jax.training.state import TrainState
+
+METRIC = "nelbo_order"  # the best checkpoint is the one with the lowest
+
+
+class Restored(NamedTuple):
+    """state: a TrainState; data: state of the data iterator; meta: see `Checkpoints.save`."""
+
+    state: TrainState
+    data: dict[str, Any]
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """Saves in the background; keeps the latest `keep` and the best.
+
+    Args:
+      folder: where checkpoints live, one sub-folder per step.
+      keep: how many of the latest are kept.
+    """
+
+    def __init__(self, folder: pathlib.Path, keep: int):
+        self.folder = folder.absolute()
+        policies = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=lambda metrics: metrics[METRIC],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies,
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+            cleanup_tmp_directories=True,  # what a killed save left behind
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(
+        self,
+        state: TrainState,
+        data: dict[str, Any],
+        meta: dict[str, Any],
+        bound: float | None = None,
+    ) -> None:
+        """Start saving; returns once the arrays are copied off the devices.
+
+        Args:
+          state: saved under its own step.
+          data: JSON-able state of the data iterator.
+          meta: JSON-able facts about the run: config, vocabulary, tokenizer fingerprint.
+          bound: nelbo_order in nats per token if it was just evaluated.
+        """
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            meta=ocp.args.JsonSave(meta),
+        )
+        metrics = None if bound is None else {METRIC: bound}
+        self._manager.save(int(state.step), args=items, metrics=metrics)
+
+    def latest(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def find(self, which: str) -> int:
+        """The step that "latest", "best" or a number names.
+
+        Raises:
+          UserError: if there is no such checkpoint.
+        """
+        steps = sorted(self._manager.all_steps())
+        if which == "latest":
+            step = self.latest()
+        elif which == "best":
+            step = self._manager.best_step()
+        else:
+            step = int(which)
+        if step is None or step not in steps:
+            raise UserError(
+                f"No checkpoint {which!r} in {self.folder} (there: {steps or 'none'}): train "
+                "first, or point --workdir or config.checkpoint.restore at one that exists."
+            )
+        return step
+
+    def restore(self, step: int, abstract: TrainState, sharding: Sharding) -> Restored:
+        """The checkpoint of `step`, its arrays placed by `sharding`.
+
+        Args:
+          step: a step that exists; see `find`.
+          abstract: shapes and dtypes of the state.
+        """
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract
+        )
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target),
+            data=ocp.args.JsonRestore(),
+            meta=ocp.args.JsonRestore(),
+        )
+        return Restored(**self._manager.restore(step, args=items))
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The facts saved with a checkpoint, without its arrays."""
+        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["meta"]
+
+    def wait(self) -> None:
+        """Return when all that was asked for is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, and release what is held."""
+        self.wait()
+        self._manager.close()
+
+
+def check_meta(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse a checkpoint that does not belong to this config or tokenizer.
+
+    Raises:
+      UserError: names the first difference, with both values.
+    """
+    for key, remedy in (
+        ("vocab_size", "evaluate with the data it was trained on"),
+        ("tokenizer", "evaluate with the data it was trained on"),
+        ("model", "use the config it was trained with"),
+        ("order", "use the config it was trained with"),
+    ):
+        if saved[key] != current[key]:
+            raise UserError(
+                f"The checkpoint has {key} = {saved[key]}, but this run has {current[key]}: "
+                f"{remedy}, or choose another --workdir."
+            )

@@ -1,0 +1,115 @@
+"""The training loop: it only schedules. What is done at each cadence is passed in."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from ml_collections import ConfigDict
+
+from lomdm_jax.errors import UserError
+from lomdm_jax.training.checkpoint import Checkpoints
+from lomdm_jax.training.metrics import MetricWriter, Progress
+from lomdm_jax.training.state import TrainState
+
+
+class Batches(Protocol):
+    """An endless iterator of batches whose position can be saved."""
+
+    def __next__(self) -> dict[str, Any]: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+
+class Loop:
+    """Steps from a state to the last step.
+
+    Args:
+      config: the whole config.
+      step: the compiled step (state, batch, key) -> (state, metrics).
+      place: puts a host batch on the devices.
+      replicate: puts a copy of an array on every device.
+      evaluate: state -> nelbo_order in nats per token.
+      checkpoints: where states are saved.
+      meta: facts saved with each checkpoint.
+      writer: where metrics go.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        *,
+        step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Any]],
+        place: Callable[[Any], Any],
+        replicate: Callable[[Any], Any],
+        evaluate: Callable[[TrainState], float],
+        checkpoints: Checkpoints,
+        meta: dict[str, Any],
+        writer: MetricWriter,
+    ):
+        self._config, self._step = config, step
+        self._place, self._replicate = place, replicate
+        self._evaluate, self._checkpoints = evaluate, checkpoints
+        self._meta, self._writer = meta, writer
+
+    def run(self, state: TrainState, batches: Batches) -> TrainState:
+        """Train to `train.steps`; the state passed in is donated.
+
+        Raises:
+          UserError: if a loss or a gradient is not finite.
+        """
+        first, last = int(state.step), self._config.train.steps
+        key = self._replicate(jax.random.key(self._config.train.seed))
+        self._progress = Progress(first, last)
+        pending: tuple[int, Any] | None = None
+        for number in range(first + 1, last + 1):
+            batch = self._place(next(batches))
+            with jax.transfer_guard("disallow"):
+                state, metrics = self._step(state, batch, key)
+            # The metrics of the step before are read while this one runs on the device.
+            if pending:
+                self._report(*pending)
+            pending = (number, metrics)
+            if self._due(number, "eval") or self._due(number, "checkpoint"):
+                self._report(*pending)  # nothing that is not finite may be saved
+                pending = None
+                self._pause(number, state, batches)
+        if pending:
+            self._report(*pending)
+        return state
+
+    def _due(self, number: int, what: str) -> bool:
+        config = self._config
+        every = config.train.eval_every if what == "eval" else config.checkpoint.every
+        return number % every == 0 or number == config.train.steps
+
+    def _pause(self, number: int, state: TrainState, batches: Batches) -> None:
+        """Evaluate if it is due, and save."""
+        bound = self._evaluate(state) if self._due(number, "eval") else None
+        self._checkpoints.save(state, batches.get_state(), self._meta, bound)
+
+    def _report(self, number: int, metrics: Any) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._check_finite(number, values)
+        due = number % self._config.train.log_every == 0 or number == self._config.train.steps
+        if due or number == 1:
+            line, speed = self._progress.line(number, values)
+            print(line, flush=True)
+            self._writer.write(number, values | {"tokens_per_second": speed})
+
+    def _check_finite(self, number: int, values: dict[str, float]) -> None:
+        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
+            return
+        terms = ", ".join(
+            f"{name} {values[name]:g}"
+            for name in ("loss", "main", "order", "clock", "reconstruction", "grad_norm")
+        )
+        self._checkpoints.wait()
+        good = self._checkpoints.latest()
+        remedy = "no checkpoint was saved yet" if good is None else f"step {good} is saved"
+        raise UserError(
+            f"Training stopped at step {number}: the loss or its gradient is not finite ({terms}). "
+            f"The last good checkpoint: {remedy} in {self._checkpoints.folder}. Lower "
+            "config.optimizer.learning_rate or raise config.optimizer.warmup_steps, and run the "
+            "same command again: it continues from there."
+        )

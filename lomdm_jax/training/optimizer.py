@@ -1,0 +1,38 @@
+"""AdamW with a linear warm-up, a constant rate and a clipped gradient, as MDLM trains."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Step to rate: linear from 0 over `warmup_steps`, then constant."""
+    return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimizer of the config section `optimizer`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate(config),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def ema_decay(limit: float, step: jax.Array) -> jax.Array:
+    """MDLM's warm decay (models/ema.py): min(limit, (1 + n) / (10 + n)) at the n-th update."""
+    count = step.astype(jnp.float32) + 1
+    return jnp.minimum(limit, (1 + count) / (10 + count))
+
+
+def update_ema(ema: Any, params: Any, decay: jax.Array) -> Any:
+    """decay * ema + (1 - decay) * params, leaf by leaf."""
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)

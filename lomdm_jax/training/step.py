@@ -1,0 +1,121 @@
+"""One optimizer step: corrupt, score, differentiate, update."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from lomdm_jax.generator import Generator
+from lomdm_jax.objectives import Objective, loss
+from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms
+from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
+from lomdm_jax.training.state import TrainState
+
+Arrays = dict[str, jax.Array]
+QUANTILES = (0.05, 0.5, 0.95)
+
+
+def make_train_step(
+    generator: Generator,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+) -> Callable[[TrainState, Arrays, jax.Array], tuple[TrainState, Arrays]]:
+    """The step (state, batch, key) -> (state, metrics), to be jitted.
+
+    batch holds `tokens` int32 [B, L] and `counted` bool [B, L]. The loss is the mean over the
+    counted tokens of the whole global batch, also when it is cut into `train.micro_batches`.
+    Every draw derives from (key, state.step, index in the global batch) and nothing else.
+    Metrics are float32 scalars; bounds in nats per counted token.
+    """
+
+    def sums(params: Any, rows: tuple[Batch, jax.Array]) -> tuple[jax.Array, Arrays]:
+        batch, dropout_keys_B = rows
+        forward = generator.forward(params, batch.tokens_BL)
+        reverse = generator.reverse(params, dropout_keys_B)
+        loss_B, estimate = loss(objective, batch, forward, reverse)
+        return jnp.sum(loss_B), _statistics(batch, estimate)
+
+    def train_step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Arrays]:
+        rows = _rows(batch, jax.random.fold_in(key, state.step))
+        grads, stats = _accumulate(sums, state.params, rows, config.train.micro_batches)
+        grads = jax.tree.map(lambda g: g / stats["tokens"], grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = update_ema(state.ema, params, ema_decay(config.optimizer.ema_decay, state.step))
+        metrics = _metrics(stats, objective.terms) | {
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.float32(learning_rate(config.optimizer)(state.step)),
+        }
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    return train_step
+
+
+def _rows(batch: Arrays, key: jax.Array) -> tuple[Batch, jax.Array]:
+    """The global batch with its randomness, and the dropout keys [B]."""
+    time_key, row_key = jax.random.split(key)
+    total = batch["tokens"].shape[0]
+    index_B = jnp.arange(total)
+    keys_B = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(row_key, i)))(index_B)
+    uniform_B = stratified_uniforms(time_key, index_B, total)
+    return Batch(batch["tokens"], batch["counted"], keys_B[:, 0], uniform_B), keys_B[:, 1]
+
+
+def _accumulate(
+    sums: Callable[[Any, Any], tuple[jax.Array, Arrays]], params: Any, rows: Any, parts: int
+) -> tuple[Any, Arrays]:
+    """Gradient and statistics of the sum over all rows, `parts` micro-batches at a time."""
+    gradient = jax.grad(sums, has_aux=True)
+    if parts == 1:
+        return gradient(params, rows)
+    # Every part takes rows from every device's share, so that no rows have to move.
+    rows = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), rows)
+    first = jax.tree.map(lambda a: a[0], rows)
+    zeros = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, params, first)
+    )
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    return jax.lax.scan(add, zeros, rows)[0]
+
+
+def _statistics(batch: Batch, estimate: Estimate) -> Arrays:
+    """Sums over rows, so that micro-batches add up; quantiles are summed with their count."""
+    stats = {name: jnp.sum(jnp.mean(term, 0)) for name, term in estimate.terms._asdict().items()}
+    stats["tokens"] = jnp.sum(batch.targets_BL).astype(jnp.float32)
+    # Mean exponents over the K draws: the forward ones are the same in each.
+    exponents = jnp.where(batch.targets_BL, estimate.forward_KBL[0], jnp.nan)
+    stats["exponents"] = jnp.nanquantile(exponents, jnp.asarray(QUANTILES))
+    stats["parts"] = jnp.ones(())
+    velocity = jnp.where(estimate.mask_KBL, estimate.reverse_KBL, 0.0)
+    confidence = jnp.where(estimate.mask_KBL, estimate.confidence_KBL, 0.0)
+    pairs = (velocity, confidence, velocity**2, confidence**2, velocity * confidence)
+    stats["moments"] = jnp.stack([jnp.sum(estimate.mask_KBL * 1.0), *map(jnp.sum, pairs)])
+    return stats
+
+
+def _metrics(stats: Arrays, minimised: tuple[str, ...]) -> Arrays:
+    metrics = {name: stats[name] / stats["tokens"] for name in Terms._fields}
+    metrics["loss"] = jnp.sum(jnp.stack([metrics[name] for name in minimised]))
+    for share, value in zip(QUANTILES, stats["exponents"] / stats["parts"], strict=True):
+        metrics[f"exponent_q{round(100 * share):02d}"] = value
+    metrics["velocity_confidence_correlation"] = _correlation(*stats["moments"])
+    metrics["tokens"] = stats["tokens"]
+    return metrics
+
+
+def _correlation(n: jax.Array, x: jax.Array, y: jax.Array, *second: jax.Array) -> jax.Array:
+    """Pearson's correlation from the sums of 1, x, y, x^2, y^2 and xy; 0 if either is constant."""
+    xx, yy, xy = (moment / jnp.maximum(n, 1.0) for moment in second)
+    x, y = x / jnp.maximum(n, 1.0), y / jnp.maximum(n, 1.0)
+    # float32 moments of a constant cancel only to rounding: call that constant.
+    varies = (xx - x * x > 1e-6 * xx) & (yy - y * y > 1e-6 * yy)
+    spread = jnp.sqrt(jnp.where(varies, (xx - x * x) * (yy - y * y), 1.0))
+    return jnp.where(varies, (xy - x * y) / spread, 0.0)

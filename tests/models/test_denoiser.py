@@ -1,0 +1,136 @@
+"""The network against what MDLM publishes, and the separations that the gradients rely on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.transformer import rotary
+
+SIZES = dict(vocab_size=11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5)
+
+
+def build(order_heads=True, dtype=jnp.float32, randomise=True):
+    module = Denoiser(**SIZES, dtype=dtype, order_heads=order_heads, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(module, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    if randomise:
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        pairs = zip(leaves, keys, strict=True)
+        params = tree.unflatten([a + 0.3 * jax.random.normal(k, a.shape) for a, k in pairs])
+    return graphdef, params
+
+
+def names(params):
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): a.shape for path, a in paths}
+
+
+def test_backbone_has_mdlms_names_and_shapes():
+    """kuleshov-group/mdlm, models/dit.py: weight [out, in] is kernel [in, out] here."""
+    width, cond, vocab = 16, 8, 11
+    mdlm = {
+        "vocab_embed.embedding": (vocab, width),
+        "sigma_map.mlp.0.weight": (cond, 256),
+        "sigma_map.mlp.0.bias": (cond,),
+        "sigma_map.mlp.2.weight": (cond, cond),
+        "sigma_map.mlp.2.bias": (cond,),
+        "output_layer.norm_final.weight": (width,),
+        "output_layer.linear.weight": (vocab, width),
+        "output_layer.linear.bias": (vocab,),
+        "output_layer.adaLN_modulation.weight": (2 * width, cond),
+        "output_layer.adaLN_modulation.bias": (2 * width,),
+    }
+    for block in range(2):
+        mdlm |= {
+            f"blocks.{block}.{name}": shape
+            for name, shape in {
+                "norm1.weight": (width,),
+                "attn_qkv.weight": (3 * width, width),
+                "attn_out.weight": (width, width),
+                "norm2.weight": (width,),
+                "mlp.0.weight": (4 * width, width),
+                "mlp.0.bias": (4 * width,),
+                "mlp.2.weight": (width, 4 * width),
+                "mlp.2.bias": (width,),
+                "adaLN_modulation.weight": (6 * width, cond),
+                "adaLN_modulation.bias": (6 * width,),
+            }.items()
+        }
+    ours = {
+        name.replace("kernel", "weight").replace("scale", "weight"): shape[::-1]
+        if "kernel" in name
+        else shape
+        for name, shape in names(build(order_heads=False)[1]["backbone"]).items()
+    }
+    assert ours == mdlm
+
+
+def test_a_fresh_model_is_uniform_and_its_order_random():
+    graphdef, params = build(randomise=False)
+    logits, scores = nnx.merge(graphdef, params).denoise(jnp.zeros((2, 6), jnp.int32))
+    assert (logits == 0).all() and (scores == 0).all()
+
+
+def test_learning_the_order_leaves_the_backbone_as_it_is():
+    """The same seed gives the same backbone with and without heads."""
+    with_heads, without = (build(heads, randomise=False)[1]["backbone"] for heads in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, with_heads, without)
+
+
+def test_rotary_turns_halves_by_position():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 1, 6))
+    turned = rotary(x, jnp.arange(5))
+    for position in range(5):
+        for k in range(3):
+            angle = position * 10000 ** (-k / 3)
+            first, second = x[0, position, 0, k], x[0, position, 0, k + 3]
+            expected = first * np.cos(angle) - second * np.sin(angle)
+            assert turned[0, position, 0, k] == pytest.approx(float(expected), abs=1e-5)
+    np.testing.assert_allclose(
+        jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5
+    )
+
+
+def test_gradients_stay_in_their_parts():
+    """Scores train their own head only; logits train the backbone only."""
+    graphdef, params = build()
+    z = jnp.arange(12).reshape(2, 6) % 11
+
+    def touched(function):
+        grads = jax.grad(lambda p: jnp.sum(function(nnx.merge(graphdef, p)) ** 2))(params)
+        return {name for name in grads if any((g != 0).any() for g in jax.tree.leaves(grads[name]))}
+
+    assert touched(lambda m: m.denoise(z)[0]) == {"backbone"}
+    assert touched(lambda m: m.denoise(z)[1]) == {"reverse_head"}
+    assert touched(lambda m: m.forward_scores(z)) == {"forward_head"}
+
+
+def test_bfloat16_compute_gives_float32_logits_near_float32s():
+    z = jnp.arange(12).reshape(2, 6) % 11
+    graphdef, params = build()
+    exact, scores = nnx.merge(graphdef, params).denoise(z)
+    rough, rough_scores = nnx.merge(build(dtype=jnp.bfloat16)[0], params).denoise(z)
+    assert rough.dtype == jnp.float32 and rough_scores.dtype == jnp.float32
+    assert jax.tree.leaves(params)[0].dtype == jnp.float32
+    np.testing.assert_allclose(rough, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert jnp.abs(rough - exact).max() > 0  # the compute dtype really was another
+
+
+def test_dropout_depends_on_the_rows_own_key_only():
+    graphdef, params = build()
+    z, keys = jnp.arange(24).reshape(4, 6) % 11, jax.random.split(jax.random.key(0), 4)
+    model = nnx.merge(graphdef, params)
+    together = model.denoise(z, None, keys)[0]
+    np.testing.assert_allclose(together[2:], model.denoise(z[2:], None, keys[2:])[0], rtol=1e-5, atol=1e-5)
+    assert not np.allclose(together, model.denoise(z)[0])
+
+
+def test_time_conditioning_changes_the_logits():
+    graphdef, params = build()
+    z, model = jnp.zeros((2, 6), jnp.int32), nnx.merge(graphdef, params)
+    np.testing.assert_array_equal(model.denoise(z)[0], model.denoise(z, jnp.zeros(2))[0])
+    assert not np.allclose(model.denoise(z)[0], model.denoise(z, jnp.ones(2))[0])

@@ -1,0 +1,99 @@
+"""Schedules and races against their definitions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lomdm_jax.errors import UserError
+from lomdm_jax.orders import learned, make_order, race
+from lomdm_jax.orders.schedule import Power, log_mask_probability, unmask_probability
+from tests import oracle
+
+EXPONENTS = jnp.array([[0.05, 0.7, 2.0]])
+
+
+def test_power_schedule_is_t_to_the_exponent():
+    schedule, t = Power(EXPONENTS), jnp.array([0.3])
+    np.testing.assert_allclose(jnp.exp(schedule.log_mask(jnp.log(t))), 0.3**EXPONENTS, rtol=1e-6)
+    slope = jax.jvp(lambda t: schedule.log_mask(jnp.log(t)), (t,), (jnp.ones(1),))[1]
+    np.testing.assert_allclose(schedule.velocity(jnp.log(t)), slope, rtol=1e-6)
+
+
+def test_unmask_probability_is_exact_where_t_underflows():
+    """t = e^-400 is zero in float32, its logarithm is not."""
+    probability = unmask_probability(Power(EXPONENTS), jnp.array([-400.0]), jnp.array([-401.0]))
+    np.testing.assert_allclose(probability, 1 - np.exp(-np.asarray(EXPONENTS)), rtol=1e-4)
+    last = unmask_probability(Power(EXPONENTS), jnp.array([-400.0]), jnp.array([-jnp.inf]))
+    assert (last == 1).all()
+
+
+def test_mask_probabilities_sum_to_one():
+    masks = jnp.asarray(oracle.masks(3))
+    schedule, log_t = Power(jnp.tile(EXPONENTS, (8, 1))), jnp.full(8, jnp.log(0.4))
+    log_q = log_mask_probability(schedule, log_t, masks, jnp.ones_like(masks))
+    assert jnp.exp(log_q).sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_score_is_finite_at_the_ends():
+    def score(exponents, log_t):
+        masks = jnp.array([[True, True, False]])
+        targets = jnp.array([[True, True, False]])
+        return log_mask_probability(Power(exponents), log_t, masks, targets).sum()
+
+    for log_t in (0.0, -1e-7, -50.0):
+        assert jnp.isfinite(jax.grad(score)(EXPONENTS, jnp.array([log_t]))).all()
+
+
+def test_norm_sig_keeps_exponents_positive_with_mean_c1():
+    scores = jnp.array([[-100.0, -100.0, 100.0, 100.0, -100.0]])
+    exponents = learned.lomdm(scores, 0.7, 0.65).exponents
+    assert exponents.min() > 0
+    assert exponents.mean() == pytest.approx(0.7, abs=1e-6)
+
+
+@pytest.mark.parametrize(("c1", "c2"), [(0.65, 0.7), (0.5, 0.5), (0.7, -0.1)])
+def test_c1_must_exceed_c2(c1, c2):
+    with pytest.raises(UserError, match=rf"c1 is {c1} and order.c2 is {c2}"):
+        make_order("lomdm", c1=c1, c2=c2, exponent=1.0).check()
+
+
+def test_unknown_order_and_bad_exponent():
+    with pytest.raises(UserError, match="'zigzag', which is not an order"):
+        make_order("zigzag", c1=1, c2=0, exponent=1)
+    with pytest.raises(UserError, match=r"order.exponent is 0.0"):
+        make_order("mdm", c1=1, c2=0, exponent=0.0).check()
+
+
+def test_race_order_probabilities_sum_to_one_and_match_draws():
+    log_w = jnp.log(jnp.array([1.0, 0.2, 3.0]))
+    orders = jnp.array(list(itertools.permutations(range(3))))
+    everyone, nobody = jnp.ones((6, 3), bool), jnp.zeros((6, 3), bool)
+    log_q = race.prefix_log_probability(log_w, race.invert(orders), everyone, nobody)
+    assert jnp.exp(log_q).sum() == pytest.approx(1, abs=1e-6)
+    drawn = race.race_ranks(jax.random.key(0), jnp.tile(log_w, (60_000, 1)), jnp.ones(3, bool))
+    counts = [(drawn == rank).all(-1).mean() for rank in race.invert(orders)]
+    error = np.sqrt(np.exp(log_q) / 60_000)
+    assert (np.abs(np.array(counts) - np.exp(log_q)) < 4 * error).all()
+    np.testing.assert_allclose(race.expected_ranks(log_w), drawn.mean(0), atol=4 / np.sqrt(60_000))
+
+
+def test_positions_out_of_the_race_come_first():
+    targets = jnp.array([True, False, True, False])
+    ranks = race.race_ranks(jax.random.key(1), jnp.zeros((500, 4)), targets)
+    assert (ranks[:, 1::2] < 2).all() and (ranks[:, ::2] >= 2).all()
+
+
+def test_prefix_probability_ignores_what_is_masked_and_has_a_finite_gradient():
+    rank, targets = jnp.array([2, 0, 1]), jnp.ones(3, bool)
+
+    def log_q(log_w, n):
+        return race.prefix_log_probability(log_w, rank, targets, rank >= 3 - n)
+
+    log_w = jnp.log(jnp.array([1.0, 2.0, 5.0]))
+    assert log_q(log_w, 3) == 0
+    assert log_q(log_w, 2) == pytest.approx(np.log(2 / 8))
+    assert log_q(log_w, 1) == pytest.approx(np.log(2 / 8 * 5 / 6))
+    assert jnp.isfinite(jax.grad(log_q)(log_w, 1)).all()

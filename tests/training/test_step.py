@@ -1,0 +1,175 @@
+"""The training step: what it must equal, and what it must not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lomdm_jax.config import default_config
+from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.generator import init_params, make_generator
+from lomdm_jax.objectives import make_objective
+from lomdm_jax.sampling.driver import generate
+from lomdm_jax.sampling.race import Race
+from lomdm_jax.training.optimizer import ema_decay, make_optimizer
+from lomdm_jax.training.state import init_state
+from lomdm_jax.training.step import make_train_step
+
+VOCAB, LENGTH, ROWS = 12, 8, 16
+
+
+def tiny(**changes):
+    """A config small enough to compile in a second; keys are section__name."""
+    config = default_config()
+    config.model.update(width=16, layers=1, heads=2, cond_dim=8, dropout=0.1)
+    config.optimizer.update(learning_rate=0.01, warmup_steps=1)
+    config.train.batch_size = ROWS
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config[section][name] = value
+    return config
+
+
+def batch(seed=0):
+    """Rows with between 1 and 8 counted tokens."""
+    rng = np.random.default_rng(seed)
+    counted = np.arange(LENGTH) < rng.integers(1, LENGTH + 1, (ROWS, 1))
+    return {"tokens": rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32), "counted": counted}
+
+
+def run(config, devices=1, steps=3):
+    """Final state and the metrics of each step."""
+    mesh = meshes.make_mesh(devices)
+    copies, split = meshes.replicated(mesh), meshes.over_batch(mesh)
+    generator, optimizer = make_generator(config, VOCAB + 1, VOCAB), make_optimizer(config.optimizer)
+    objective = make_objective(
+        config.objective.name,
+        mask_id=VOCAB,
+        samples=config.objective.mask_samples,
+        eps=config.objective.eps,
+        reconstruction_share=config.objective.reconstruction_share,
+    )
+    state = jax.jit(
+        lambda key: init_state(init_params(config, VOCAB + 1, key), optimizer), out_shardings=copies
+    )(jax.random.key(0))
+    step = jax.jit(
+        make_train_step(generator, objective, optimizer, config),
+        in_shardings=(copies, split, copies),
+        out_shardings=copies,
+        donate_argnums=0,
+    )
+    history = []
+    for number in range(steps):
+        placed = jax.device_put(batch(number), split)
+        state, metrics = step(state, placed, jax.device_put(jax.random.key(1), copies))
+        history.append(jax.device_get(metrics))
+    assert step._cache_size() == 1, "the step was traced more than once"
+    return jax.device_get(state), history
+
+
+def assert_close(ours, theirs, rtol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["continuous", "order"])
+def test_eight_devices_give_the_losses_of_one(name):
+    one, eight = (run(tiny(objective__name=name), devices)[1] for devices in (1, 8))
+    assert_close(one, eight, 2e-4)
+
+
+@pytest.mark.parametrize("name", ["continuous", "order"])
+def test_accumulation_equals_the_plain_step(name):
+    """Also with dropout and with rows of unequal counts in every micro-batch."""
+    # Adam's first steps are the signs of gradients; a large eps keeps rounding from flipping them.
+    changes = dict(objective__name=name, optimizer__eps=1e-2)
+    plain = run(tiny(**changes), steps=2)
+    parts = run(tiny(**changes, train__micro_batches=4), steps=2)
+    for metrics in plain[1] + parts[1]:  # quantiles of a part are not those of the whole
+        for key in [key for key in metrics if key.startswith("exponent_q")]:
+            del metrics[key]
+    assert_close(plain[1], parts[1], 2e-4)
+    assert_close(plain[0].params, parts[0].params, 2e-4)
+
+
+def test_c1_one_c2_zero_is_masked_diffusion_to_the_last_bit():
+    """Same loss terms, same backbone after training, same samples from the same key."""
+    for name in ("continuous", "order"):
+        learned = tiny(objective__name=name, order__name="lomdm", order__c1=1.0, order__c2=0.0)
+        fixed = tiny(objective__name=name, order__name="mdm")
+        states, histories = zip(*(run(config) for config in (learned, fixed)), strict=True)
+        for ours, theirs in zip(*histories, strict=True):
+            for term in ("loss", "main", "order", "clock", "reconstruction"):
+                assert ours[term] == theirs[term], term
+        backbones = [state.params["backbone"] for state in states]
+        jax.tree.map(np.testing.assert_array_equal, *backbones)
+        samples = [draw(c, s.params) for c, s in zip((learned, fixed), states, strict=True)]
+        jax.tree.map(np.testing.assert_array_equal, *samples)
+
+
+@pytest.mark.parametrize("name", ["continuous", "order"])
+def test_equal_exponents_from_the_heads_are_masked_diffusion_too(name):
+    """c2 = 1e-12 runs the heads, but 1 + 1e-12 * NormSig is 1 in float32: equal to rounding."""
+    learned = tiny(objective__name=name, order__name="lomdm", order__c1=1.0, order__c2=1e-12)
+    histories = [run(c)[1] for c in (learned, tiny(objective__name=name, order__name="mdm"))]
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours["order"] == theirs["order"] == 0 and ours["clock"] == theirs["clock"] == 0
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+
+
+def draw(config, params):
+    generator = make_generator(config, VOCAB + 1, VOCAB)
+    nothing = jnp.zeros((4, LENGTH), jnp.int32)
+    reverse = generator.reverse(params)
+    sample = jax.jit(
+        lambda key: generate(
+            key, reverse, Race(1, LENGTH), nothing, nothing > 0, mask_id=generator.mask_id
+        )
+    )
+    return jax.device_get(sample(jax.random.key(5)))
+
+
+def test_masked_diffusions_loss_is_the_familiar_weighted_cross_entropy():
+    """mdm, continuous: CE / t over masked positions, with its weight and its reconstruction."""
+    config = tiny(order__name="mdm", model__dropout=0.0, objective__mask_samples=1)
+    generator = make_generator(config, VOCAB + 1, VOCAB)
+    params = init_params(config, VOCAB + 1, jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.1, params)
+    eps, share = config.objective.eps, config.objective.reconstruction_share
+    objective = make_objective(
+        "continuous", mask_id=VOCAB, samples=1, eps=eps, reconstruction_share=share
+    )
+    from lomdm_jax.objectives.nelbo import Batch
+
+    data = batch()
+    uniform = jnp.linspace(0, 0.99, ROWS)
+    rows = Batch(
+        data["tokens"], data["counted"], jax.random.split(jax.random.key(3), ROWS), uniform
+    )
+    estimate = objective.estimate(
+        rows, generator.forward(params, rows.tokens_BL), generator.reverse(params)
+    )
+    mask = estimate.mask_KBL[0]
+    logits = generator.reverse(params)(jnp.where(mask, VOCAB, data["tokens"])[None], None)[0][0]
+    log_p = jax.nn.log_softmax(logits[..., :VOCAB])
+    nll = -jnp.take_along_axis(log_p, data["tokens"][..., None], -1)[..., 0]
+    summed = jnp.sum(nll * mask, -1)
+    t = eps + (1 - eps) * (uniform - share) / (1 - share)
+    main = jnp.where(uniform < share, 0, (1 - eps) / (1 - share) * summed / t)
+    np.testing.assert_allclose(estimate.terms.main[0], main, rtol=1e-4, atol=1e-5)
+    end = jnp.where(uniform < share, summed / share, 0)
+    np.testing.assert_allclose(estimate.terms.reconstruction[0], end, rtol=1e-4, atol=1e-5)
+    assert (estimate.terms.order == 0).all() and (estimate.terms.clock == 0).all()
+
+
+def test_ema_warms_up_as_mdlms():
+    assert ema_decay(0.9999, jnp.int32(0)) == pytest.approx(2 / 11)
+    assert ema_decay(0.9999, jnp.int32(10**7)) == pytest.approx(0.9999)
+
+
+def test_ema_follows_the_parameters():
+    config = tiny()
+    state, _ = run(config, steps=1)
+    fresh = init_params(config, VOCAB + 1, jax.random.key(0))
+    expected = jax.tree.map(lambda old, new: old + (1 - 2 / 11) * (new - old), fresh, state.params)
+    assert_close(state.ema, expected, 1e-6)
