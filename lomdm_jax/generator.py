@@ -46,7 +46,8 @@ class Generator(NamedTuple):
                 z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count)
             )
             logits, scores = (
-                a.reshape(-1, count, *a.shape[1:]).swapaxes(0, 1) for a in (logits_NLV, scores_NL)
+                jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1)
+                for a in (logits_NLV, scores_NL)
             )
             return logits, self.order.schedule(scores)
 
@@ -65,7 +66,7 @@ def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generat
     """
     order = make_order(**config.order)
     module = nnx.eval_shape(lambda: _denoiser(config, vocab_size, order.learned, nnx.Rngs(0)))
-    graphdef, _, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, _, *rest = nnx.split(module, nnx.Param, ...)
     assert not jax.tree.leaves(rest), "the model must hold parameters and nothing else"
     return Generator(graphdef, order, mask_id, config.model.time_conditioning)
 

@@ -143,9 +143,7 @@ def bound(nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int) -> Bound:
     error = math.sqrt(spread) / tokens
     perplexity = math.exp(mean)
     bits = nats_N.sum() / math.log(2) / max(total_bytes, 1)
-    return Bound(
-        float(mean), float(error), perplexity, float(perplexity * error), float(bits)
-    )
+    return Bound(float(mean), float(error), perplexity, float(perplexity * error), float(bits))
 
 
 def report(evaluation: Evaluation, baseline: float) -> str:

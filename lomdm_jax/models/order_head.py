@@ -10,9 +10,7 @@ from lomdm_jax.models.transformer import Block, layer_norm, linear
 class OrderHead(nnx.Module):
     """One transformer block, then an MLP to a scalar that starts at zero (a random order)."""
 
-    def __init__(
-        self, width: int, heads: int, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, width: int, heads: int, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.block = Block(width, heads, cond_dim, dropout=0.0, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, rngs)
         self.mlp = nnx.Dict(
@@ -22,9 +20,7 @@ class OrderHead(nnx.Module):
             }
         )
 
-    def __call__(
-        self, x_BLD: jax.Array, cond_BD: jax.Array, positions_L: jax.Array
-    ) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, positions_L: jax.Array) -> jax.Array:
         """Scores, float32 [B, L]."""
         h_BLD = self.norm(self.block(x_BLD, cond_BD, positions_L))
         h_BLD = jax.nn.gelu(self.mlp["0"](h_BLD), approximate=True)

@@ -173,6 +173,7 @@ class OutputLayer(nnx.Module):
         # Products in the compute dtype, sums and logits in float32: a bound must not be rounded.
         kernel = self.linear.kernel[...].astype(self.dtype)
         logits_BLV = jnp.matmul(h_BLD, kernel, preferred_element_type=jnp.float32)
+        assert self.linear.bias is not None
         return logits_BLV + self.linear.bias[...]
 
 

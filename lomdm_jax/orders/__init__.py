@@ -40,4 +40,4 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
         return Order(False, functools.partial(fixed.polynomial, exponent=exponent))
     if name == "lomdm":
         return Order(True, functools.partial(learned.lomdm, c1=c1, c2=c2))
-    raise UserError(f"order.name is {name!r}, which is not an order: use one of {', '.join(NAMES)}.")
+    raise UserError(f"order.name is {name!r}, which is no order: use one of {', '.join(NAMES)}.")

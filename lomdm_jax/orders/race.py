@@ -51,9 +51,7 @@ def prefix_log_probability(
         for a in (log_w, targets, masked)
     )
     # A large finite value, not -inf: the gradient of cumlogsumexp at -inf is nan.
-    left = jax.lax.cumlogsumexp(
-        jnp.where(targets, log_w, -1e9), axis=rank.ndim - 1, reverse=True
-    )
+    left = jax.lax.cumlogsumexp(jnp.where(targets, log_w, -1e9), axis=rank.ndim - 1, reverse=True)
     return jnp.sum(jnp.where(targets & ~masked, log_w - left, 0.0), axis=-1)
 
 

@@ -1,4 +1,4 @@
-"""What a generation order is: for every position, the probability that it is still masked at time t.
+"""What a generation order is: for every position, the probability that it is masked at time t.
 
 Time runs from 0 (clean) to 1 (all masked). A schedule is written in log space, as log m_i of
 log t, because both ends then stay exact: with a small exponent a position is revealed at a time

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.orders.race import race_ranks
-from lomdm_jax.orders.schedule import Power
+from lomdm_jax.orders.schedule import Schedule
 
 
 class Race(NamedTuple):
@@ -25,11 +25,13 @@ class Race(NamedTuple):
     def __call__(
         self,
         keys_B: jax.Array,
-        schedule: Power,
+        schedule: Schedule,
         masked_BL: jax.Array,
         call: jax.Array,
         log_t_B: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        rank_BL = jax.vmap(race_ranks)(keys_B, jnp.log(schedule.exponents), masked_BL)
+        # Rates are constant in log-time, where they are the velocities at t = 1.
+        log_w_BL = jnp.log(schedule.velocity(jnp.zeros(())))
+        rank_BL = jax.vmap(race_ranks)(keys_B, log_w_BL, masked_BL)
         done_B = jnp.sum(~masked_BL, axis=-1, keepdims=True)
         return rank_BL < done_B + self.reveal, log_t_B

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lomdm_jax.errors import UserError
@@ -15,11 +16,10 @@ METRIC = "nelbo_order"  # the best checkpoint is the one with the lowest
 
 
 class Restored(NamedTuple):
-    """state: a TrainState; data: state of the data iterator; meta: see `Checkpoints.save`."""
+    """state: a TrainState; data: state of the data iterator."""
 
     state: TrainState
     data: dict[str, Any]
-    meta: dict[str, Any]
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
         self,
         state: TrainState,
         data: dict[str, Any],
-        meta: dict[str, Any],
+        facts: dict[str, Any],
         bound: float | None = None,
     ) -> None:
         """Start saving; returns once the arrays are copied off the devices.
@@ -63,13 +63,13 @@ class Checkpoints:
         Args:
           state: saved under its own step.
           data: JSON-able state of the data iterator.
-          meta: JSON-able facts about the run: config, vocabulary, tokenizer fingerprint.
+          facts: see `facts`.
           bound: nelbo_order in nats per token if it was just evaluated.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
-            meta=ocp.args.JsonSave(meta),
+            facts=ocp.args.JsonSave(facts),
         )
         metrics = None if bound is None else {METRIC: bound}
         self._manager.save(int(state.step), args=items, metrics=metrics)
@@ -111,14 +111,13 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target),
             data=ocp.args.JsonRestore(),
-            meta=ocp.args.JsonRestore(),
         )
         return Restored(**self._manager.restore(step, args=items))
 
-    def meta(self, step: int) -> dict[str, Any]:
+    def facts(self, step: int) -> dict[str, Any]:
         """The facts saved with a checkpoint, without its arrays."""
-        items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["meta"]
+        items = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["facts"]
 
     def wait(self) -> None:
         """Return when all that was asked for is written."""
@@ -130,20 +129,39 @@ class Checkpoints:
         self._manager.close()
 
 
-def check_meta(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not belong to this config or tokenizer.
+# Facts that parameters depend on, and what a run that continues must share besides.
+_SAME_MODEL = (
+    *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
+    *("model.cond_dim", "model.time_conditioning"),
+)
+_SAME_RUN = ("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed")
+
+
+def facts(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
+    """What is saved with a checkpoint: JSON-able values by flat name.
+
+    tokenizer: has `vocab_size` and `fingerprint`.
+    """
+    flat = {
+        f"{section}.{name}": config[section][name] for section in config for name in config[section]
+    }
+    return {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint, **flat}
+
+
+def check_facts(saved: dict[str, Any], current: dict[str, Any], *, resume: bool) -> None:
+    """Refuse a checkpoint of another model, tokenizer or, to continue it, another run.
 
     Raises:
       UserError: names the first difference, with both values.
     """
-    for key, remedy in (
-        ("vocab_size", "evaluate with the data it was trained on"),
-        ("tokenizer", "evaluate with the data it was trained on"),
-        ("model", "use the config it was trained with"),
-        ("order", "use the config it was trained with"),
-    ):
+    for key in _SAME_MODEL + (_SAME_RUN if resume else ()):
         if saved[key] != current[key]:
             raise UserError(
-                f"The checkpoint has {key} = {saved[key]}, but this run has {current[key]}: "
-                f"{remedy}, or choose another --workdir."
+                f"The checkpoint was made with {key} = {saved[key]!r}, but this run has "
+                f"{current[key]!r}: use the config and data it was trained with, or another "
+                "--workdir."
             )
+    if resume:
+        for key in saved.keys() & current.keys():
+            if saved[key] != current[key]:
+                print(f"since the checkpoint: {key} was {saved[key]!r}, is {current[key]!r}")

@@ -1,6 +1,7 @@
 """The training loop: it only schedules. What is done at each cadence is passed in."""
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax.errors import UserError
 from lomdm_jax.training.checkpoint import Checkpoints
-from lomdm_jax.training.metrics import MetricWriter, Progress
+from lomdm_jax.training.metrics import TERMS, MetricWriter, Progress
 from lomdm_jax.training.state import TrainState
 
 
@@ -31,7 +32,7 @@ class Loop:
       replicate: puts a copy of an array on every device.
       evaluate: state -> nelbo_order in nats per token.
       checkpoints: where states are saved.
-      meta: facts saved with each checkpoint.
+      facts: saved with each checkpoint.
       writer: where metrics go.
     """
 
@@ -44,13 +45,13 @@ class Loop:
         replicate: Callable[[Any], Any],
         evaluate: Callable[[TrainState], float],
         checkpoints: Checkpoints,
-        meta: dict[str, Any],
+        facts: dict[str, Any],
         writer: MetricWriter,
     ):
         self._config, self._step = config, step
         self._place, self._replicate = place, replicate
         self._evaluate, self._checkpoints = evaluate, checkpoints
-        self._meta, self._writer = meta, writer
+        self._facts, self._writer = facts, writer
 
     def run(self, state: TrainState, batches: Batches) -> TrainState:
         """Train to `train.steps`; the state passed in is donated.
@@ -85,14 +86,15 @@ class Loop:
 
     def _pause(self, number: int, state: TrainState, batches: Batches) -> None:
         """Evaluate if it is due, and save."""
+        started = time.perf_counter()
         bound = self._evaluate(state) if self._due(number, "eval") else None
-        self._checkpoints.save(state, batches.get_state(), self._meta, bound)
+        self._checkpoints.save(state, batches.get_state(), self._facts, bound)
+        self._progress.exclude(time.perf_counter() - started)
 
     def _report(self, number: int, metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self._check_finite(number, values)
-        due = number % self._config.train.log_every == 0 or number == self._config.train.steps
-        if due or number == 1:
+        if number % self._config.train.log_every == 0 or number == self._config.train.steps:
             line, speed = self._progress.line(number, values)
             print(line, flush=True)
             self._writer.write(number, values | {"tokens_per_second": speed})
@@ -100,10 +102,7 @@ class Loop:
     def _check_finite(self, number: int, values: dict[str, float]) -> None:
         if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
             return
-        terms = ", ".join(
-            f"{name} {values[name]:g}"
-            for name in ("loss", "main", "order", "clock", "reconstruction", "grad_norm")
-        )
+        terms = ", ".join(f"{name} {values[name]:g}" for name in (*TERMS, "grad_norm"))
         self._checkpoints.wait()
         good = self._checkpoints.latest()
         remedy = "no checkpoint was saved yet" if good is None else f"step {good} is saved"

@@ -1,11 +1,14 @@
 """Where numbers go: CSV, TensorBoard, and a line on the screen."""
 
 import csv
+import datetime
 import pathlib
 import time
 from collections.abc import Mapping
 
 from tensorboardX import SummaryWriter
+
+TERMS = ("loss", "main", "order", "clock", "reconstruction")
 
 
 class MetricWriter:
@@ -47,10 +50,14 @@ class MetricWriter:
 
 
 class Progress:
-    """Speed and time left, measured since the last call; the first interval holds the compile."""
+    """Speed and time left, measured over the steps since the last line."""
 
     def __init__(self, step: int, steps: int):
         self._step, self._steps, self._time = step, steps, time.perf_counter()
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out time that was not spent on steps."""
+        self._time += seconds
 
     def line(self, step: int, values: Mapping[str, float]) -> tuple[str, float]:
         """A progress line, and the speed in counted tokens per second."""
@@ -58,12 +65,10 @@ class Progress:
         per_step = (now - self._time) / max(step - self._step, 1)
         self._step, self._time = step, now
         speed = values["tokens"] / per_step
-        terms = " ".join(
-            f"{name} {values[name]:.3f}"
-            for name in ("loss", "main", "order", "clock", "reconstruction")
-        )
-        left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._steps - step)))
-        days = int(per_step * (self._steps - step) // 86400)
-        left = f"{days}d {left}" if days else left
+        terms = "  ".join(f"{name} {values[name]:.4f}" for name in TERMS)
+        left = datetime.timedelta(seconds=round(per_step * (self._steps - step)))
         width = len(str(self._steps))
-        return f"step {step:{width}d}/{self._steps}  {terms}  {speed:,.0f} tok/s  left {left}", speed
+        return (
+            f"step {step:{width}d}/{self._steps}  {terms}  {speed:,.0f} tok/s  left {left}",
+            speed,
+        )

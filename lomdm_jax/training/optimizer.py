@@ -24,7 +24,13 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
             eps=config.eps,
             weight_decay=config.weight_decay,
         ),
+        optax.masked(optax.scale(config.head_multiplier), _order_heads),
     )
+
+
+def _order_heads(params: Any) -> Any:
+    """True for the parameters of the order heads."""
+    return jax.tree.map_with_path(lambda path, _: path[0].key.endswith("_head"), params)
 
 
 def ema_decay(limit: float, step: jax.Array) -> jax.Array:

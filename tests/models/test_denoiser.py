@@ -112,7 +112,7 @@ def test_gradients_stay_in_their_parts():
 def test_bfloat16_compute_gives_float32_logits_near_float32s():
     z = jnp.arange(12).reshape(2, 6) % 11
     graphdef, params = build()
-    exact, scores = nnx.merge(graphdef, params).denoise(z)
+    exact, _ = nnx.merge(graphdef, params).denoise(z)
     rough, rough_scores = nnx.merge(build(dtype=jnp.bfloat16)[0], params).denoise(z)
     assert rough.dtype == jnp.float32 and rough_scores.dtype == jnp.float32
     assert jax.tree.leaves(params)[0].dtype == jnp.float32
@@ -125,7 +125,9 @@ def test_dropout_depends_on_the_rows_own_key_only():
     z, keys = jnp.arange(24).reshape(4, 6) % 11, jax.random.split(jax.random.key(0), 4)
     model = nnx.merge(graphdef, params)
     together = model.denoise(z, None, keys)[0]
-    np.testing.assert_allclose(together[2:], model.denoise(z[2:], None, keys[2:])[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        together[2:], model.denoise(z[2:], None, keys[2:])[0], rtol=1e-5, atol=1e-5
+    )
     assert not np.allclose(together, model.denoise(z)[0])
 
 

@@ -25,9 +25,7 @@ ALL_STATES = [oracle.states_of(MODEL, PARAMS, x) for x in SEQUENCES]
 
 
 def objective(name, samples=2, eps=EPS, share=1 / 4):
-    return make_objective(
-        name, mask_id=2, samples=samples, eps=eps, reconstruction_share=share
-    )
+    return make_objective(name, mask_id=2, samples=samples, eps=eps, reconstruction_share=share)
 
 
 def rows(x, count, key):

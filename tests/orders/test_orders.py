@@ -61,7 +61,7 @@ def test_c1_must_exceed_c2(c1, c2):
 
 
 def test_unknown_order_and_bad_exponent():
-    with pytest.raises(UserError, match="'zigzag', which is not an order"):
+    with pytest.raises(UserError, match="'zigzag', which is no order"):
         make_order("zigzag", c1=1, c2=0, exponent=1)
     with pytest.raises(UserError, match=r"order.exponent is 0.0"):
         make_order("mdm", c1=1, c2=0, exponent=0.0).check()

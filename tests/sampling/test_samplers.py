@@ -37,6 +37,10 @@ def draw(chooser, seed=0, rows=ROWS):
     return run(chooser, nothing, nothing > 0, jax.random.key(seed))
 
 
+def tile(row, rows):
+    return jnp.tile(jnp.array(row), (rows, 1))
+
+
 def counts(samples):
     return np.bincount(np.asarray(samples.tokens_BL) @ [4, 2, 1], minlength=8)
 
@@ -50,7 +54,9 @@ def test_exact_race_has_the_models_distribution():
     samples = draw(Race(reveal=1, length=3))
     assert stats.chisquare(counts(samples), ROWS * exact()).pvalue > 1e-3
     assert int(samples.calls) == 3
-    np.testing.assert_array_equal(np.sort(samples.revealed_BL, axis=-1), np.tile([1, 2, 3], (ROWS, 1)))
+    np.testing.assert_array_equal(
+        np.sort(samples.revealed_BL, axis=-1), np.tile([1, 2, 3], (ROWS, 1))
+    )
 
 
 def test_the_chi_square_test_can_fail():
@@ -76,9 +82,7 @@ def test_even_progress_reveals_the_expected_number():
     log_t, schedule = jnp.linspace(-300.0, 0.0, 50), Power(exponents)
     log_s = even_progress(schedule, masked, log_t, jnp.int32(5))
     revealed = 1 - jnp.exp(exponents * (log_s - log_t)[:, None])
-    np.testing.assert_allclose(
-        jnp.sum(revealed * masked, -1), jnp.sum(masked, -1) / 5, rtol=2e-3
-    )
+    np.testing.assert_allclose(jnp.sum(revealed * masked, -1), jnp.sum(masked, -1) / 5, rtol=2e-3)
 
 
 def test_the_linear_grid_leaves_small_exponents_to_the_last_step():
@@ -87,13 +91,17 @@ def test_the_linear_grid_leaves_small_exponents_to_the_last_step():
     params = tiny.init(jax.random.key(1), low=0.0499, high=0.0501)
     nothing = jnp.zeros((2000, 3), jnp.int32)
     chooser = Ancestral(256, even=False)
-    sample = jax.jit(lambda k: generate(k, tiny.reverse(params), chooser, nothing, nothing > 0, mask_id=2))
+    reverse = tiny.reverse(params)
+    sample = jax.jit(lambda k: generate(k, reverse, chooser, nothing, nothing > 0, mask_id=2))
     share = np.mean(sample(jax.random.key(0)).revealed_BL == 256)
     assert share == pytest.approx(256**-0.05, abs=0.03)
 
 
 def test_given_positions_stay_and_cost_no_calls():
-    tokens, given = jnp.tile(jnp.array([0, 1, 0]), (64, 1)), jnp.tile(jnp.array([0, 1, 1]) > 0, (64, 1))
+    tokens, given = (
+        jnp.tile(jnp.array([0, 1, 0]), (64, 1)),
+        jnp.tile(jnp.array([0, 1, 1]) > 0, (64, 1)),
+    )
     for chooser in (Race(1, 3), Ancestral(8, True), Ancestral(8, False)):
         samples = run(chooser, tokens, given, jax.random.key(0))
         assert (samples.tokens_BL[:, 1] == 1).all() and (samples.tokens_BL[:, 2] == 0).all()
@@ -103,7 +111,10 @@ def test_given_positions_stay_and_cost_no_calls():
 
 def test_conditional_distribution_of_an_infill():
     """With the ends given, the middle follows the network's token probabilities."""
-    tokens, given = jnp.tile(jnp.array([1, 0, 0]), (ROWS, 1)), jnp.tile(jnp.array([1, 0, 1]) > 0, (ROWS, 1))
+    tokens, given = (
+        jnp.tile(jnp.array([1, 0, 0]), (ROWS, 1)),
+        jnp.tile(jnp.array([1, 0, 1]) > 0, (ROWS, 1)),
+    )
     middle = run(Race(1, 3), tokens, given, jax.random.key(2)).tokens_BL[:, 1]
     logits = PARAMS["logits"][MODEL.code(jnp.array([1, 2, 0])), 1, :2]
     expected = ROWS * np.asarray(jax.nn.softmax(logits), np.float64)

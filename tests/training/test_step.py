@@ -41,7 +41,10 @@ def run(config, devices=1, steps=3):
     """Final state and the metrics of each step."""
     mesh = meshes.make_mesh(devices)
     copies, split = meshes.replicated(mesh), meshes.over_batch(mesh)
-    generator, optimizer = make_generator(config, VOCAB + 1, VOCAB), make_optimizer(config.optimizer)
+    generator, optimizer = (
+        make_generator(config, VOCAB + 1, VOCAB),
+        make_optimizer(config.optimizer),
+    )
     objective = make_objective(
         config.objective.name,
         mask_id=VOCAB,

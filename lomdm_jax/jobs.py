@@ -1,0 +1,297 @@
+"""The jobs of the command line: train, evaluate, sample."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lomdm_jax.data import pipeline
+from lomdm_jax.data.prepare import Prepared, prepare
+from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.errors import UserError
+from lomdm_jax.evaluation import likelihood
+from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
+from lomdm_jax.generator import Generator, init_params, make_generator
+from lomdm_jax.objectives import Objective, make_objective
+from lomdm_jax.sampling import make_chooser
+from lomdm_jax.sampling.driver import Samples, generate
+from lomdm_jax.training.checkpoint import Checkpoints, Restored, check_facts, facts
+from lomdm_jax.training.loop import Batches, Loop
+from lomdm_jax.training.metrics import MetricWriter
+from lomdm_jax.training.optimizer import make_optimizer
+from lomdm_jax.training.state import TrainState, init_state
+from lomdm_jax.training.step import make_train_step
+
+# Samples printed and replayed; all of them count in the statistics of order.
+SHOWN = 3
+
+
+class Run(NamedTuple):
+    """What every job starts from."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    prepared: Prepared
+    generator: Generator
+    mesh: Mesh
+
+    def place(self, tree: Any) -> Any:
+        """Split arrays over the devices along their first axis."""
+        return jax.device_put(tree, meshes.over_batch(self.mesh))
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of each array on every device."""
+        return jax.device_put(tree, meshes.replicated(self.mesh))
+
+
+def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
+    """Check the machine, prepare the data and shape the model."""
+    mesh = meshes.make_mesh(config.mesh.data)
+    meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)
+    meshes.check_divides(mesh, "sample.count", config.sample.count)
+    rows = config.train.batch_size // config.train.micro_batches
+    meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
+    prepared = prepare(config.data)
+    tokenizer = prepared.tokenizer
+    generator = make_generator(config, tokenizer.vocab_size + 1, tokenizer.mask_id)
+    workdir.mkdir(parents=True, exist_ok=True)
+    return Run(config, workdir, prepared, generator, mesh)
+
+
+def train(run: Run) -> None:
+    """Train to the last step, from the newest checkpoint if there is one; then sample."""
+    config = run.config
+    save_config(run)
+    optimizer = make_optimizer(config.optimizer)
+    checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep)
+    state, batches = _initial(run, optimizer, checkpoints)
+    first = int(state.step)
+    writer, eval_writer = (MetricWriter(run.workdir, name, first) for name in ("train", "eval"))
+    evaluator = make_evaluator(run)
+
+    def evaluate_now(state: TrainState) -> float:
+        evaluation = evaluator(state.ema)
+        eval_writer.write(int(state.step), _flat(evaluation))
+        return evaluation.nelbo_order.nats_per_token
+
+    loop = Loop(
+        config,
+        step=_compiled_step(run, optimizer),
+        place=run.place,
+        replicate=run.replicate,
+        evaluate=evaluate_now,
+        checkpoints=checkpoints,
+        facts=facts(config, run.prepared.tokenizer),
+        writer=writer,
+    )
+    state = loop.run(state, batches)
+    if first >= config.train.steps:
+        print(f"already trained to step {first}; config.train.steps asks for no more", flush=True)
+        evaluator(state.ema)
+    for closing in (checkpoints, writer, eval_writer):
+        closing.close()
+    write_samples(run, state.ema)
+
+
+def evaluate(run: Run) -> None:
+    """Score the validation set with the EMA parameters of a checkpoint."""
+    make_evaluator(run)(_saved_parameters(run))
+
+
+def sample(run: Run) -> None:
+    """Generate with the EMA parameters of a checkpoint, and draw the order."""
+    write_samples(run, _saved_parameters(run))
+
+
+def save_config(run: Run) -> None:
+    """Write the resolved config to `config.json`."""
+    (run.workdir / "config.json").write_text(run.config.to_json(indent=2) + "\n")
+
+
+def make_objective_for(run: Run, name: str, samples: int) -> Objective:
+    """The estimator called `name` with `samples` draws, for this run's mask token."""
+    return make_objective(
+        name,
+        mask_id=run.generator.mask_id,
+        samples=samples,
+        eps=run.config.objective.eps,
+        reconstruction_share=run.config.objective.reconstruction_share,
+    )
+
+
+def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
+    """A function of the parameters that scores the validation set, prints and saves the report."""
+    config = run.config.eval
+    objective = make_objective_for(run, config.estimator, samples=1)
+    scorer = jax.jit(likelihood.make_scorer(run.generator, objective, config.draws))
+    baseline = pipeline.unigram_entropy(run.prepared)
+    key = run.replicate(jax.random.key(config.seed))
+
+    def evaluator(params: Any) -> likelihood.Evaluation:
+        evaluation = likelihood.evaluate(
+            scorer,
+            params,
+            pipeline.valid_batches(run.prepared, config.batch_size, config.sequences),
+            key=key,
+            draws=config.draws,
+            byte_lengths=run.prepared.tokenizer.byte_lengths,
+            place=run.place,
+        )
+        print(likelihood.report(evaluation, baseline), flush=True)
+        facts = {"estimator": config.estimator, "unigram_entropy": baseline, **_flat(evaluation)}
+        (run.workdir / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
+        return evaluation
+
+    return evaluator
+
+
+def write_samples(run: Run, params: Any) -> None:
+    """Generate `sample.count` sequences; write samples.jsonl, order.html and order.png."""
+    samples = _generate(run, params)
+    tokenizer = run.prepared.tokenizer
+    texts = [tokenizer.decode(row.tolist()) for row in samples.tokens_BL]
+    with open(run.workdir / "samples.jsonl", "w", encoding="utf-8") as file:
+        for text, tokens_L, steps_L in zip(
+            texts, samples.tokens_BL, samples.revealed_BL, strict=True
+        ):
+            record = {
+                "text": text,
+                "tokens": tokens_L.tolist(),
+                "revealed": steps_L.tolist(),
+                "calls": int(samples.calls),
+            }
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    for number, text in enumerate(texts[:SHOWN], start=1):
+        print(f"--- sample {number} ({int(samples.calls)} network calls)\n{text}", flush=True)
+    for path in _draw_order(run, samples):
+        print(f"wrote {path}", flush=True)
+
+
+def _compiled_step(run: Run, optimizer: optax.GradientTransformation) -> Any:
+    config = run.config
+    objective = make_objective_for(run, config.objective.name, config.objective.mask_samples)
+    copies = meshes.replicated(run.mesh)
+    return jax.jit(
+        make_train_step(run.generator, objective, optimizer, config),
+        in_shardings=(copies, meshes.over_batch(run.mesh), copies),
+        out_shardings=copies,
+        donate_argnums=0,
+    )
+
+
+def _initial(
+    run: Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+) -> tuple[TrainState, Batches]:
+    """The state and the data iterator: fresh, or those of the newest checkpoint."""
+    config = run.config
+    batches = pipeline.train_batches(run.prepared, config.train.batch_size, config.train.seed)
+    step = checkpoints.latest()
+    if step is None:
+        return _fresh(run, optimizer)(jax.random.key(config.train.seed)), batches
+    restored = _restore(run, optimizer, checkpoints, step, resume=True)
+    batches.set_state(restored.data)
+    print(f"continuing from step {step} of {checkpoints.folder}", flush=True)
+    return restored.state, batches
+
+
+def _fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    rows = run.prepared.tokenizer.vocab_size + 1
+    return jax.jit(
+        lambda key: init_state(init_params(run.config, rows, key), optimizer),
+        out_shardings=meshes.replicated(run.mesh),
+    )
+
+
+def _restore(
+    run: Run,
+    optimizer: optax.GradientTransformation,
+    checkpoints: Checkpoints,
+    step: int,
+    *,
+    resume: bool,
+) -> Restored:
+    """The checkpoint of `step`, after making sure that it belongs to this config and data."""
+    check_facts(checkpoints.facts(step), facts(run.config, run.prepared.tokenizer), resume=resume)
+    abstract = jax.eval_shape(_fresh(run, optimizer), jax.random.key(0))
+    return checkpoints.restore(step, abstract, meshes.replicated(run.mesh))
+
+
+def _saved_parameters(run: Run) -> Any:
+    """The EMA parameters of the checkpoint that `checkpoint.restore` names."""
+    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep)
+    step = checkpoints.find(str(run.config.checkpoint.restore))
+    optimizer = make_optimizer(run.config.optimizer)
+    restored = _restore(run, optimizer, checkpoints, step, resume=False)
+    checkpoints.close()
+    print(f"parameters: EMA at step {step} of {checkpoints.folder}", flush=True)
+    return restored.state.ema
+
+
+def _generate(run: Run, params: Any) -> Samples:
+    """`sample.count` sequences around the prompt and the suffix, on the host."""
+    config = run.config.sample
+    tokens_BL, given_BL = _given(run)
+    chooser = make_chooser(config, run.config.data.length)
+
+    def call(params: Any, key: jax.Array, tokens_BL: jax.Array, given_BL: jax.Array) -> Samples:
+        reverse = run.generator.reverse(params)
+        mask_id = run.generator.mask_id
+        return generate(key, reverse, chooser, tokens_BL, given_BL, mask_id=mask_id)
+
+    key = run.replicate(jax.random.key(config.seed))
+    return jax.device_get(jax.jit(call)(params, key, run.place(tokens_BL), run.place(given_BL)))
+
+
+def _given(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """The given tokens int32 [B, L] and where they stand, bool [B, L]."""
+    config, length = run.config.sample, run.config.data.length
+    encode = run.prepared.tokenizer.encode
+    prompt, suffix = encode(config.prompt), encode(config.suffix)
+    if len(prompt) + len(suffix) > length:
+        raise UserError(
+            f"config.sample.prompt ({len(prompt)} tokens) and config.sample.suffix ({len(suffix)} "
+            f"tokens) do not fit in config.data.length = {length}: shorten them."
+        )
+    row = prompt + [0] * (length - len(prompt) - len(suffix)) + suffix
+    given = np.ones(length, bool)
+    given[len(prompt) : length - len(suffix)] = False
+    return np.tile(np.asarray(row, np.int32), (config.count, 1)), np.tile(given, (config.count, 1))
+
+
+def _draw_order(run: Run, samples: Samples) -> tuple[pathlib.Path, pathlib.Path]:
+    config = run.config.sample
+    pieces = run.prepared.tokenizer.pieces
+    traces = [
+        SampleTrace(pieces(tokens_L.tolist()), steps_L)
+        for tokens_L, steps_L in zip(
+            samples.tokens_BL[:SHOWN], samples.revealed_BL[:SHOWN], strict=True
+        )
+    ]
+    notes = {
+        "order": run.config.order.name,
+        "sampler": config.sampler,
+        "samples": str(config.count),
+        "network calls": str(int(samples.calls)),
+    }
+    return write_order_report(
+        run.workdir,
+        traces,
+        np.stack([trace_rank(steps_L) for steps_L in samples.revealed_BL]),
+        title="The order in which the text was generated",
+        notes=notes,
+    )
+
+
+def _flat(evaluation: likelihood.Evaluation) -> dict[str, float]:
+    """One level of names, for tables."""
+    row: dict[str, float] = {}
+    for name in likelihood.BOUNDS:
+        row |= {f"{name}_{k}": v for k, v in getattr(evaluation, name)._asdict().items()}
+    counts = ("sequences", "tokens", "bytes", "draws")
+    return row | evaluation.terms | {name: getattr(evaluation, name) for name in counts}

@@ -1,0 +1,158 @@
+"""The command line: python -m lomdm_jax.main --config configs/x.py --job train"""
+
+import difflib
+import pathlib
+import runpy
+import sys
+
+from ml_collections import ConfigDict
+
+from lomdm_jax.config import validate
+from lomdm_jax.errors import UserError
+
+HELP = """\
+lomdm_jax: masked text diffusion with the generation order under control.
+
+usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--job JOB] [--workdir DIR]
+                                [--config.SECTION.KEY=VALUE ...]
+
+jobs
+  train      prepare the data, train (from the newest checkpoint in the workdir, if any),
+             evaluate, sample, and draw the order; the default
+  evaluate   both likelihood bounds of a checkpoint on the validation set
+  sample     text from a checkpoint, and the order in which it was generated
+
+common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
+  --config.order.name=lomdm|mdm          the generation order
+  --config.objective.name=continuous|order
+  --config.train.steps=N                 --config.train.batch_size=SEQUENCES
+  --config.data.length=TOKENS            --config.data.vocab_size=PIECES
+  --config.model.width=N                 --config.model.layers=N
+  --config.eval.sequences=N              --config.eval.draws=N
+  --config.sample.sampler=race|ancestral --config.sample.prompt=TEXT
+  --config.checkpoint.restore=latest|best|STEP
+
+examples
+  python -m lomdm_jax.main --config configs/quickstart.py
+  python -m lomdm_jax.main --config configs/quickstart.py:mdm --workdir runs/mdm
+  python -m lomdm_jax.main --config configs/quickstart.py --job evaluate --config.eval.draws=32
+  python -m lomdm_jax.main --config configs/quickstart.py --job sample \\
+      --config.sample.prompt="Return the" --config.sample.count=4
+
+The workdir is runs/<config>[-<order>] unless given. It holds config.json, train.csv, eval.csv,
+TensorBoard events, checkpoints, evaluation.json, samples.jsonl, order.html and order.png.
+"""
+JOBS = ("train", "evaluate", "sample")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line `argv` (without the program's name); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or "--help" in argv or "-h" in argv:
+        print(HELP)
+        return 0
+    try:
+        _run(*parse(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
+    """The resolved and validated config, the job, and the run's folder.
+
+    Raises:
+      UserError: for an unknown option, key or job, a missing file or a bad value.
+    """
+    options, overrides = _split(argv)
+    if "config" not in options:
+        raise UserError("--config is missing: for a first run, --config configs/quickstart.py")
+    job = options.get("job", "train")
+    if job not in JOBS:
+        raise UserError(f"--job is {job!r}: use one of {', '.join(JOBS)}.")
+    path, _, argument = options["config"].partition(":")
+    config = load_config(path, argument)
+    for key, text in overrides:
+        override(config, key, text)
+    validate(config)
+    name = "-".join(filter(None, [pathlib.Path(path).stem, argument.replace(":", "-")]))
+    return config, job, pathlib.Path(options.get("workdir", pathlib.Path("runs", name)))
+
+
+def _split(argv: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Options by name, and config overrides in order; both `--a=b` and `--a b` are understood."""
+    options, overrides, rest = {}, [], list(argv)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise UserError(f"{name!r} is not an option: options start with --; see --help.")
+        if not equals:
+            if not rest:
+                raise UserError(f"{name} needs a value: {name}=VALUE; see --help.")
+            value = rest.pop(0)
+        if name.startswith("--config."):
+            overrides.append((name.removeprefix("--config."), value))
+        elif name in ("--config", "--job", "--workdir"):
+            options[name[2:]] = value
+        else:
+            raise UserError(
+                f"{name} is not an option: use --config, --job, --workdir or "
+                "--config.SECTION.KEY; see --help."
+            )
+    return options, overrides
+
+
+def load_config(path: str, argument: str = "") -> ConfigDict:
+    """What get_config(argument), or get_config() if there is none, returns in the file `path`.
+
+    Raises:
+      UserError: if there is no such file, or it defines no get_config.
+    """
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"--config is {path!r}, but there is no such file: see configs/.")
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UserError(f"--config is {path!r}, but it defines no get_config(): see configs/.")
+    return get_config(argument) if argument else get_config()
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Set `section.name` to a value of the type it has.
+
+    Raises:
+      UserError: for an unknown key (with the nearest known ones) or a value of another type.
+    """
+    known = [f"{section}.{name}" for section in config for name in config[section]]
+    if key not in known:
+        near = difflib.get_close_matches(key, known) or sorted(config)
+        raise UserError(
+            f"--config.{key} = {text!r}: there is no such key. Near it: {', '.join(near)}; "
+            "lomdm_jax/config.py has all of them."
+        )
+    section, name = key.split(".")
+    config[section][name] = _convert(key, text, config[section][name])
+
+
+def _convert(key: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        expected = "true or false" if kind is bool else f"{kind.__name__}, such as {default!r}"
+        raise UserError(f"--config.{key} is {text!r}, but it must be {expected}.") from None
+
+
+def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> None:
+    from lomdm_jax import jobs  # JAX starts only once the command line is known to be sound
+
+    print(f"{job} in {workdir} with\n{config}", flush=True)
+    {"train": jobs.train, "evaluate": jobs.evaluate, "sample": jobs.sample}[job](
+        jobs.start(config, workdir)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

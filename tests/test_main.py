@@ -1,0 +1,289 @@
+"""The command line from end to end: train, evaluate, sample, kill, resume, and every user error."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lomdm_jax import jobs
+from lomdm_jax.main import main, parse
+from lomdm_jax.objectives.nelbo import Terms
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = """
+data.vocab_size=400 data.length=16 model.width=16 model.layers=1 model.heads=2 model.cond_dim=8
+train.steps=40 train.batch_size=16 train.log_every=1 train.eval_every=20 checkpoint.every=10
+eval.batch_size=16 eval.sequences=40 eval.draws=2 sample.count=8 optimizer.warmup_steps=5
+optimizer.learning_rate=0.01 checkpoint.keep=2
+""".split()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def arguments(data, monkeypatch):
+    """The command line of a tiny run in a given workdir, with changes."""
+    monkeypatch.chdir(ROOT)
+
+    def build(workdir, *changes, config="configs/quickstart.py"):
+        options = [f"--config.{change}" for change in [*TINY, f"data.directory={data}", *changes]]
+        return ["--config", config, "--workdir", str(workdir), *options]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of the run that `test_train...` makes and later tests read."""
+    return tmp_path_factory.mktemp("trained")
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_train_evaluates_samples_and_draws(arguments, trained, monkeypatch, capsys):
+    traces = []
+    original = jobs.make_train_step
+
+    def counted(*args):
+        step = original(*args)
+        return lambda *inputs: (traces.append(1), step(*inputs))[1]
+
+    monkeypatch.setattr(jobs, "make_train_step", counted)
+    assert main(arguments(trained)) == 0
+    assert len(traces) == 1, "the step must be traced once over a whole run"
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"config.json", "train.csv", "eval.csv", "tensorboard", "checkpoints"}
+    assert names >= {"evaluation.json", "samples.jsonl", "order.html", "order.png"}
+    losses = [float(row["loss"]) for row in rows(trained / "train.csv")]
+    assert len(losses) == 40 and np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 40
+    printed = capsys.readouterr().out
+    assert "nelbo_order" in printed and "bits/byte" in printed and "network calls" in printed
+
+
+def test_metrics_name_the_terms_and_the_order(trained):
+    first = rows(trained / "train.csv")[0]
+    wanted = {"loss", "grad_norm", "learning_rate", "tokens_per_second", *Terms._fields}
+    wanted |= {"exponent_q05", "exponent_q50", "exponent_q95", "velocity_confidence_correlation"}
+    assert wanted < first.keys()
+    events = list((trained / "tensorboard" / "train").glob("events.*"))
+    assert events and events[0].stat().st_size > 1000
+
+
+def test_checkpoints_kept_are_the_latest_and_the_best(trained):
+    kept = {int(path.name) for path in (trained / "checkpoints").iterdir() if path.name.isdigit()}
+    bounds = {
+        int(row["step"]): float(row["nelbo_order_nats_per_token"])
+        for row in rows(trained / "eval.csv")
+    }
+    assert kept == {30, 40, min(bounds, key=bounds.get)}
+
+
+def test_evaluate_reproduces_the_last_evaluation(arguments, trained, capsys):
+    before = json.loads((trained / "evaluation.json").read_text())
+    assert main([*arguments(trained), "--job", "evaluate"]) == 0
+    assert json.loads((trained / "evaluation.json").read_text()) == before
+    assert before["sequences"] == 40 and before["tokens"] == 640 and before["draws"] == 2
+    assert before["nelbo_nats_per_token"] >= before["nelbo_order_nats_per_token"]
+    assert before["nelbo_order_standard_error"] > 0
+
+
+def test_the_two_estimators_agree_within_their_errors(arguments, trained):
+    """Time-free and continuous are the same bound; each with its own standard error."""
+    found = {}
+    for name in ("order", "continuous"):
+        changes = (f"eval.estimator={name}", "eval.draws=16", "eval.sequences=0")
+        assert main([*arguments(trained, *changes), "--job", "evaluate"]) == 0
+        found[name] = json.loads((trained / "evaluation.json").read_text())
+    for bound in ("nelbo", "nelbo_order"):
+        means = [found[name][f"{bound}_nats_per_token"] for name in found]
+        errors = [found[name][f"{bound}_standard_error"] for name in found]
+        assert abs(means[0] - means[1]) < 4 * np.hypot(*errors)
+        assert errors[0] < errors[1], "the time-free estimate should be the less noisy one"
+
+
+@pytest.mark.parametrize("sampler", ["race", "ancestral"])
+def test_sample_completes_a_prompt_and_a_suffix(arguments, trained, sampler):
+    changes = ("sample.prompt=Return the ", "sample.suffix= list.", f"sample.sampler={sampler}")
+    assert main([*arguments(trained, *changes), "--job", "sample"]) == 0
+    lines = (trained / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 8
+    for record in map(json.loads, lines):
+        assert record["text"].startswith("Return the ") and record["text"].endswith(" list.")
+        assert record["revealed"][0] == 0 and max(record["revealed"]) <= record["calls"]
+
+
+# A run that is killed while the checkpoint of step 20 is complete but for its last rename.
+KILLED = """
+import os, signal, sys
+from lomdm_jax.main import main
+def guard(rename):
+    def call(source, target, *args, **kwargs):
+        if os.path.basename(os.fspath(target)) == "20":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return rename(source, target, *args, **kwargs)
+    return call
+os.rename, os.replace = guard(os.rename), guard(os.replace)
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_continues_bit_for_bit(arguments, trained, tmp_path):
+    command = [sys.executable, "-c", KILLED, *arguments(tmp_path)]
+    killed = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert "10" in saved and "20" not in saved and len(saved) > 1, "not killed in mid-write"
+    assert main(arguments(tmp_path)) == 0
+    whole, continued = (restore(folder / "checkpoints") for folder in (trained, tmp_path))
+    assert whole["data"] == continued["data"]
+    jax.tree.map(np.testing.assert_array_equal, whole["state"], continued["state"])
+    for name in ("train.csv", "eval.csv"):
+        assert strip(rows(trained / name)) == strip(rows(tmp_path / name))
+    left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert all(name.isdigit() for name in left), "the half-written checkpoint is still there"
+
+
+def restore(folder):
+    with ocp.CheckpointManager(folder) as manager:
+        items = {"state": ocp.args.StandardRestore(), "data": ocp.args.JsonRestore()}
+        return manager.restore(40, args=ocp.args.Composite(**items))
+
+
+def strip(table):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in table]
+
+
+def refused(arguments, capsys):
+    """The one-paragraph message of a command that must fail."""
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1, "one paragraph"
+    return message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.stepz=3", ["train.stepz", "no such key", "train.steps"]),
+        ("train.steps=many", ["train.steps", "'many'", "int"]),
+        ("train.steps=0", ["train.steps", "0", "above zero"]),
+        ("model.dropout=1.5", ["model.dropout", "1.5", "[0, 1)"]),
+        ("model.time_conditioning=maybe", ["time_conditioning", "maybe", "true or false"]),
+        ("order.c2=0.9", ["c1", "0.7", "c2", "0.9", "c1 > c2"]),
+        ("order.name=zigzag", ["order.name", "zigzag", "mdm, lomdm"]),
+        ("objective.mask_samples=1", ["objective.mask_samples", "1", "2 or more"]),
+        ("model.width=22", ["model.width", "22", "2 * model.heads = 4"]),
+        ("train.micro_batches=3", ["train.batch_size", "16", "micro_batches = 3"]),
+        ("mesh.data=64", ["mesh.data", "64", "8 cpu device"]),
+        ("train.batch_size=12", ["train.batch_size", "12", "8 devices"]),
+        ("data.source=imaginary", ["data.source", "imaginary", "stdlib"]),
+        ("data.vocab_size=100", ["vocab_size", "100"]),
+        ("model.time_conditioning=true", ["objective.name", "'order'", "'continuous'"]),
+        ("checkpoint.restore=newest", ["checkpoint.restore", "newest", "best"]),
+    ],
+)
+def test_bad_options_are_refused(arguments, tmp_path, capsys, change, words):
+    message = refused(arguments(tmp_path, change), capsys)
+    assert all(word in message for word in words), message
+    assert not any(tmp_path.iterdir()), "nothing may be written before the check"
+
+
+def test_bad_command_lines_are_refused(arguments, tmp_path, capsys):
+    assert "no such file" in refused(["--config", "configs/none.py"], capsys)
+    assert "--config is missing" in refused(["--job", "train"], capsys)
+    assert "--job is 'fly'" in refused([*arguments(tmp_path), "--job", "fly"], capsys)
+    assert "'loose'" in refused([*arguments(tmp_path), "loose"], capsys)
+    assert "--job needs a value" in refused([*arguments(tmp_path), "--job"], capsys)
+    assert "'zigzag'" in refused(arguments(tmp_path, config="configs/quickstart.py:zigzag"), capsys)
+    assert main(["--help"]) == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_workdir_and_order_follow_the_config_argument(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config, job, workdir = parse(["--config=configs/quickstart.py:mdm", "--config.train.steps=7"])
+    assert config.order.name == "mdm" and config.train.steps == 7
+    assert job == "train" and workdir == pathlib.Path("runs/quickstart-mdm")
+
+
+def test_another_tokenizer_or_model_than_the_checkpoints_is_refused(arguments, trained, capsys):
+    other = [*arguments(trained, "data.vocab_size=420"), "--job", "evaluate"]
+    message = refused(other, capsys)
+    assert "vocab_size = 400" in message and "420" in message and "--workdir" in message
+    message = refused([*arguments(trained, "model.layers=2"), "--job", "sample"], capsys)
+    assert "model.layers = 1" in message and "2" in message
+    message = refused(arguments(trained, "train.batch_size=32"), capsys)
+    assert "train.batch_size = 16" in message
+
+
+def test_a_length_other_than_the_prepared_datas_is_refused(arguments, data, tmp_path, capsys):
+    """A folder of prepared data named as data.directory is used as it is, or not at all."""
+    (folder,) = (path for path in data.iterdir() if json_of(path)["vocab_size"] == 400)
+    changes = (f"data.directory={folder}", "data.length=32")
+    message = refused(arguments(tmp_path, *changes), capsys)
+    assert "32" in message and "16" in message and "length" in message
+
+
+def json_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_missing_and_truncated_data_are_refused(arguments, tmp_path, capsys):
+    fresh = tmp_path / "data"
+    command = arguments(tmp_path / "run", f"data.directory={fresh}", "train.steps=1")
+    assert main(command) == 0
+    capsys.readouterr()
+    (path,) = fresh.glob("*/train.array_record")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    message = refused(command, capsys)
+    assert "train.array_record" in message and str(len(whole)) in message.replace(",", "")
+    path.unlink()
+    assert "train.array_record" in refused(command, capsys)
+
+
+def test_no_checkpoint_to_evaluate(arguments, tmp_path, capsys):
+    message = refused([*arguments(tmp_path), "--job", "evaluate"], capsys)
+    assert "No checkpoint" in message and "train first" in message
+
+
+def test_a_prompt_that_does_not_fit_is_refused(arguments, trained, capsys):
+    long = [*arguments(trained, "sample.prompt=" + "word " * 30), "--job", "sample"]
+    message = refused(long, capsys)
+    assert "sample.prompt" in message and "data.length = 16" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys, monkeypatch):
+    """Step 13 has a NaN gradient: the run stops there, and step 10 is the last one saved."""
+    original = jobs.make_train_step
+
+    def broken(*args):
+        step = original(*args)
+
+        def call(state, batch, key):
+            bad = jax.numpy.where(state.step == 12, jax.numpy.nan, 1.0)
+            params = jax.tree.map(lambda a: a * bad, state.params)
+            return step(state.replace(params=params), batch, key)
+
+        return call
+
+    monkeypatch.setattr(jobs, "make_train_step", broken)
+    message = refused(arguments(tmp_path), capsys)
+    for word in ("step 13", "not finite", "main nan", "step 10 is saved", "learning_rate"):
+        assert word in message, message
+    saved = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert saved == {"10"}
