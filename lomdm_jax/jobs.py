@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,17 +61,16 @@ def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
     prepared = prepare(config.data)
     tokenizer = prepared.tokenizer
     generator = make_generator(config, tokenizer.vocab_size + 1, tokenizer.mask_id)
-    workdir.mkdir(parents=True, exist_ok=True)
     return Run(config, workdir, prepared, generator, mesh)
 
 
 def train(run: Run) -> None:
     """Train to the last step, from the newest checkpoint if there is one; then sample."""
     config = run.config
-    save_config(run)
     optimizer = make_optimizer(config.optimizer)
-    checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep, create=True)
     state, batches = _initial(run, optimizer, checkpoints)
+    save_config(run)
     first = int(state.step)
     writer, eval_writer = (MetricWriter(run.workdir, name, first) for name in ("train", "eval"))
     evaluator = make_evaluator(run)
@@ -82,7 +82,7 @@ def train(run: Run) -> None:
 
     loop = Loop(
         config,
-        step=_compiled_step(run, optimizer),
+        step=_compiled_step(run, optimizer, state),
         place=run.place,
         replicate=run.replicate,
         evaluate=evaluate_now,
@@ -173,16 +173,27 @@ def write_samples(run: Run, params: Any) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def _compiled_step(run: Run, optimizer: optax.GradientTransformation) -> Any:
-    config = run.config
+def _compiled_step(
+    run: Run, optimizer: optax.GradientTransformation, state: TrainState
+) -> Callable[..., Any]:
+    """The training step, compiled for this state and the config's batch; takes no other shape."""
+    config, started = run.config, time.perf_counter()
     objective = make_objective_for(run, config.objective.name, config.objective.mask_samples)
     copies = meshes.replicated(run.mesh)
-    return jax.jit(
+    step = jax.jit(
         make_train_step(run.generator, objective, optimizer, config),
         in_shardings=(copies, meshes.over_batch(run.mesh), copies),
         out_shardings=copies,
         donate_argnums=0,
     )
+    shape = (config.train.batch_size, config.data.length)
+    batch = {
+        "tokens": jax.ShapeDtypeStruct(shape, np.int32),
+        "counted": jax.ShapeDtypeStruct(shape, np.bool_),
+    }
+    compiled = step.lower(state, batch, jax.random.key(0)).compile()
+    print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
+    return compiled
 
 
 def _initial(
@@ -224,7 +235,7 @@ def _restore(
 
 def _saved_parameters(run: Run) -> Any:
     """The EMA parameters of the checkpoint that `checkpoint.restore` names."""
-    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep)
+    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep, create=False)
     step = checkpoints.find(str(run.config.checkpoint.restore))
     optimizer = make_optimizer(run.config.optimizer)
     restored = _restore(run, optimizer, checkpoints, step, resume=False)

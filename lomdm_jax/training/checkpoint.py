@@ -28,10 +28,16 @@ class Checkpoints:
     Args:
       folder: where checkpoints live, one sub-folder per step.
       keep: how many of the latest are kept.
+      create: whether to make the folder if there is none.
+
+    Raises:
+      UserError: if there is no folder and none is to be made.
     """
 
-    def __init__(self, folder: pathlib.Path, keep: int):
+    def __init__(self, folder: pathlib.Path, keep: int, *, create: bool):
         self.folder = folder.absolute()
+        if not create and not folder.is_dir():
+            raise self._missing("at all", [])
         policies = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
@@ -45,8 +51,6 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies,
-            best_fn=lambda metrics: metrics[METRIC],
-            best_mode="min",
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -88,15 +92,24 @@ class Checkpoints:
         if which == "latest":
             step = self.latest()
         elif which == "best":
-            step = self._manager.best_step()
+            step = self._best(steps)
         else:
             step = int(which)
         if step is None or step not in steps:
-            raise UserError(
-                f"No checkpoint {which!r} in {self.folder} (there: {steps or 'none'}): train "
-                "first, or point --workdir or config.checkpoint.restore at one that exists."
-            )
+            raise self._missing(repr(which), steps)
         return step
+
+    def _best(self, steps: list[int]) -> int | None:
+        """The evaluated step with the lowest bound, or None if none was evaluated."""
+        found = {step: self._manager.metrics(step) for step in steps}
+        bounds = {step: metrics[METRIC] for step, metrics in found.items() if metrics}
+        return min(bounds, key=lambda step: bounds[step], default=None)
+
+    def _missing(self, which: str, steps: list[int]) -> UserError:
+        return UserError(
+            f"No checkpoint {which} in {self.folder} (there: {steps or 'none'}): train first, or "
+            "point --workdir or config.checkpoint.restore at one that exists."
+        )
 
     def restore(self, step: int, abstract: TrainState, sharding: Sharding) -> Restored:
         """The checkpoint of `step`, its arrays placed by `sharding`.

@@ -177,6 +177,14 @@ def test_gradients_match_enumeration(name):
         assert within(samples, expected[group], rounding=1e-4), (group, expected[group])
 
 
+def test_uniforms_are_stratified_over_the_global_batch_however_it_is_split():
+    key = jax.random.key(4)
+    whole = stratified_uniforms(key, jnp.arange(16), 16)
+    assert sorted(np.floor(np.asarray(whole) * 16)) == list(range(16))
+    halves = [stratified_uniforms(key, jnp.arange(8) + start, 16) for start in (0, 8)]
+    np.testing.assert_array_equal(whole, jnp.concatenate(halves))
+
+
 def test_leave_one_out_with_two_samples_is_the_papers_surrogate():
     log_q, values = jnp.array([[0.3], [-1.0]]), jnp.array([[2.0], [5.0]])
     expected = 0.5 * (log_q[0] - log_q[1]) * (values[0] - values[1])

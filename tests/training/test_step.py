@@ -132,6 +132,29 @@ def draw(config, params):
     return jax.device_get(sample(jax.random.key(5)))
 
 
+def test_bfloat16_compute_trains_float32_parameters_on_float32_losses():
+    exact, rough = (run(tiny(model__dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    assert {a.dtype for a in jax.tree.leaves(rough[0].params)} == {np.dtype("float32")}
+    for ours, theirs in zip(rough[1], exact[1], strict=True):
+        assert ours["loss"].dtype == np.float32
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert any(a["loss"] != b["loss"] for a, b in zip(rough[1], exact[1], strict=True))
+
+
+def test_the_heads_learn_at_their_own_rate():
+    """With Adam's first step each parameter moves by the rate, up to its sign."""
+    base, slow = (run(tiny(optimizer__head_multiplier=m), steps=2)[0].params for m in (1.0, 0.25))
+    fresh = init_params(tiny(), VOCAB + 1, jax.random.key(0))
+    moved = [
+        np.abs(
+            params["reverse_head"]["mlp"]["2"]["kernel"]
+            - fresh["reverse_head"]["mlp"]["2"]["kernel"]
+        )
+        for params in (base, slow)
+    ]
+    np.testing.assert_allclose(0.25 * moved[0], moved[1], rtol=1e-3)
+
+
 def test_masked_diffusions_loss_is_the_familiar_weighted_cross_entropy():
     """mdm, continuous: CE / t over masked positions, with its weight and its reconstruction."""
     config = tiny(order__name="mdm", model__dropout=0.0, objective__mask_samples=1)

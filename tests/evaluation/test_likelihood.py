@@ -1,0 +1,81 @@
+"""The evaluation against exact bounds, and its standard errors against repetition."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lomdm_jax.evaluation.likelihood import bound, evaluate, make_scorer, report
+from lomdm_jax.objectives import make_objective
+from tests import oracle
+
+MODEL = oracle.TableModel(length=3, vocab=2)
+PARAMS = MODEL.init(jax.random.key(0))
+BYTES = np.array([1, 4, 0], np.int32)
+
+
+def batches(size, copies=1):
+    """All sequences, `copies` times, in batches of `size`; the last one is padded."""
+    tokens = np.tile(oracle.sequences(3, 2), (copies, 1))
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        padding = ((0, size - len(part)), (0, 0))
+        yield {"tokens": np.pad(part, padding), "counted": np.pad(part >= 0, padding)}
+
+
+def run(name, size, draws=16, copies=1):
+    objective = make_objective(name, mask_id=2, samples=1, eps=1e-3, reconstruction_share=0.1)
+    scorer = jax.jit(make_scorer(MODEL, objective, draws))
+    key = jax.random.key(3)
+    return evaluate(scorer, PARAMS, batches(size, copies), key=key, draws=draws, byte_lengths=BYTES)
+
+
+@pytest.mark.parametrize("name", ["order", "continuous"])
+def test_bounds_are_the_exact_ones_within_their_errors(name):
+    found = run(name, size=800, copies=100)
+    exact = [
+        oracle.closed_form(states) if name == "order" else oracle.quadrature(states, 1e-3)
+        for states in (oracle.states_of(MODEL, PARAMS, x) for x in oracle.sequences(3, 2))
+    ]
+    nelbo = float(jnp.mean(jnp.array([sum(terms) for terms in exact]))) / 3
+    order = nelbo - float(jnp.mean(jnp.array([terms.clock for terms in exact]))) / 3
+    # Every sequence occurs equally often, so the error holds more than the draws' own noise.
+    assert abs(found.nelbo.nats_per_token - nelbo) < 4 * found.nelbo.standard_error
+    assert abs(found.nelbo_order.nats_per_token - order) < 4 * found.nelbo_order.standard_error
+    assert found.nelbo_order.standard_error < 0.05
+
+
+def test_counts_and_units():
+    found = run("order", size=8)
+    assert (found.sequences, found.tokens, found.draws) == (8, 24, 16)
+    assert found.bytes == 12 * 1 + 12 * 4
+    nats = found.nelbo.nats_per_token * found.tokens
+    assert found.nelbo.bits_per_byte == pytest.approx(nats / math.log(2) / found.bytes)
+    assert found.nelbo.perplexity == pytest.approx(math.exp(found.nelbo.nats_per_token))
+    assert "8 sequences, 24 tokens, 60 bytes, 16 draws" in report(found, 0.69)
+
+
+def test_numbers_do_not_depend_on_the_batch_size_nor_on_padding():
+    whole, padded = run("order", size=8), run("order", size=5)
+    assert padded.sequences == 8
+    assert padded.nelbo.nats_per_token == pytest.approx(whole.nelbo.nats_per_token, rel=1e-6)
+    assert padded.nelbo.standard_error == pytest.approx(whole.nelbo.standard_error, rel=1e-5)
+
+
+def test_standard_error_of_equal_lengths_is_the_familiar_one():
+    nats = np.array([3.0, 5.0, 4.0, 8.0])
+    found = bound(nats, np.full(4, 2), 10)
+    assert found.standard_error == pytest.approx(nats.std(ddof=1) / 2 / np.sqrt(4))
+    assert found.perplexity_standard_error == pytest.approx(math.exp(2.5) * found.standard_error)
+
+
+def test_standard_error_is_the_spread_over_repeated_data_sets():
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(4000):
+        tokens = rng.integers(1, 20, 200)
+        found.append(bound(tokens * rng.normal(2.0, 0.5, 200) + rng.normal(0, 1, 200), tokens, 1))
+    spread = np.std([b.nats_per_token for b in found])
+    assert np.mean([b.standard_error for b in found]) == pytest.approx(spread, rel=0.05)
