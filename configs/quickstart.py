@@ -1,6 +1,9 @@
 """A small LoMDM on the docstrings of Python's standard library, on a CPU, in two minutes.
 
 python -m lomdm_jax.main --config configs/quickstart.py            (or quickstart.py:mdm)
+
+Expect nelbo_order near 5.0 nats per token (perplexity near 150) where the unigram entropy is 5.94,
+and an order that is still close to random: a minute is enough to learn words, not yet an order.
 """
 
 from ml_collections import ConfigDict
@@ -13,27 +16,24 @@ def get_config(order: str = "lomdm") -> ConfigDict:
     config = default_config()
     config.order.name = order
     config.objective.name = "order"  # the time-free objective: less noise in a short run
-    config.data.length = 64
+    config.data.length = 32  # short sequences leave the unigram plateau soonest
 
-    config.model.width = 128
-    config.model.layers = 4
+    config.model.width = 64  # on two cores, more steps beat more width
+    config.model.layers = 2
     config.model.heads = 4
     config.model.cond_dim = 32
-    config.model.dropout = 0.0  # less than one epoch
+    config.model.dropout = 0.0  # a few epochs at most
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3  # higher rates saturate the order heads
     config.optimizer.warmup_steps = 50
+    config.optimizer.b2 = 0.98  # 1 / (1 - b2) must be short against the run
 
-    config.train.steps = 600
+    config.train.steps = 750
     config.train.batch_size = 32
     config.train.log_every = 50
-    config.train.eval_every = 300
+    config.train.eval_every = 250
+    config.checkpoint.every = 250
 
-    config.eval.batch_size = 64
-    config.eval.sequences = 256
     config.eval.draws = 4
-
-    config.sample.count = 32
-
-    config.checkpoint.every = 300
+    config.sample.count = 64
     return config

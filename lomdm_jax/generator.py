@@ -8,6 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives.nelbo import Reverse
 from lomdm_jax.orders import Order, make_order
 from lomdm_jax.orders.schedule import Power
@@ -80,7 +81,7 @@ def init_params(config: ConfigDict, vocab_size: int, key: jax.Array) -> Any:
 
 def _denoiser(config: ConfigDict, vocab_size: int, learned: bool, rngs: nnx.Rngs) -> Denoiser:
     model = config.model
-    return Denoiser(
+    sizes = Sizes(
         vocab_size=vocab_size,
         width=model.width,
         layers=model.layers,
@@ -88,9 +89,8 @@ def _denoiser(config: ConfigDict, vocab_size: int, learned: bool, rngs: nnx.Rngs
         cond_dim=model.cond_dim,
         dropout=model.dropout,
         dtype=jnp.dtype(model.dtype),
-        order_heads=learned,
-        rngs=rngs,
     )
+    return Denoiser(sizes, order_heads=learned, rngs=rngs)
 
 
 def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:

@@ -86,7 +86,7 @@ def evaluate(
     key: jax.Array,
     draws: int,
     byte_lengths: np.ndarray,
-    place: Callable[[Any], Any] = jnp.asarray,
+    place: Callable[[Any], Any] = jax.device_put,
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> Evaluation:
     """Score every sequence of `batches`.

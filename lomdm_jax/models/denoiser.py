@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lomdm_jax.models.order_head import OrderHead
-from lomdm_jax.models.transformer import Transformer
+from lomdm_jax.models.transformer import Sizes, Transformer
 
 
 class Denoiser(nnx.Module):
@@ -15,38 +15,16 @@ class Denoiser(nnx.Module):
     heads only and the cross-entropy trains the backbone only.
 
     Args:
-      vocab_size: rows of the token table, the mask token included.
+      sizes: of the backbone; the heads share its width.
       order_heads: whether the order is learned.
-      width, layers, heads, cond_dim, dropout, dtype: see `Transformer`.
     """
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        cond_dim: int,
-        dropout: float,
-        dtype: jnp.dtype,
-        order_heads: bool,
-        rngs: nnx.Rngs,
-    ):
-        self.backbone = Transformer(
-            vocab_size=vocab_size,
-            width=width,
-            layers=layers,
-            heads=heads,
-            cond_dim=cond_dim,
-            dropout=dropout,
-            dtype=dtype,
-            rngs=rngs,
-        )
+    def __init__(self, sizes: Sizes, *, order_heads: bool, rngs: nnx.Rngs):
+        self.backbone = Transformer(sizes, rngs=rngs)
         self.order_heads = order_heads
         if order_heads:
-            self.forward_head = OrderHead(width, heads, cond_dim, dtype=dtype, rngs=rngs)
-            self.reverse_head = OrderHead(width, heads, cond_dim, dtype=dtype, rngs=rngs)
+            self.forward_head = OrderHead(sizes, rngs=rngs)
+            self.reverse_head = OrderHead(sizes, rngs=rngs)
 
     def denoise(
         self,

@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lomdm_jax.models.transformer import Block, layer_norm, linear
+from lomdm_jax.models.transformer import Block, Sizes, layer_norm, linear
 
 
 class OrderHead(nnx.Module):
     """One transformer block, then an MLP to a scalar that starts at zero (a random order)."""
 
-    def __init__(self, width: int, heads: int, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.block = Block(width, heads, cond_dim, dropout=0.0, dtype=dtype, rngs=rngs)
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        width, dtype = sizes.width, sizes.dtype
+        # No dropout: the forward head's output defines q.
+        self.block = Block(sizes._replace(dropout=0.0), rngs=rngs)
         self.norm = layer_norm(width, rngs)
         self.mlp = nnx.Dict(
             {

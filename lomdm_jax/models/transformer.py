@@ -6,6 +6,7 @@ with a Linear's `weight` [out, in] stored as `kernel` [in, out] and a norm's `we
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,25 @@ def _modulate(x_BLD: jax.Array, shift_BD: jax.Array, scale_BD: jax.Array) -> jax
     return x_BLD * (1 + scale_BD[:, None]) + shift_BD[:, None]
 
 
+class Sizes(NamedTuple):
+    """The shape of a network.
+
+    vocab_size: rows of the token table, the mask token included.
+    width: hidden size, a multiple of 2 * heads.
+    layers, heads, cond_dim: numbers of blocks and heads, size of the conditioning vector.
+    dropout: rate inside the blocks, used only when keys are passed.
+    dtype: compute dtype; parameters are float32.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    cond_dim: int
+    dropout: float
+    dtype: jnp.dtype
+
+
 class TimestepEmbedder(nnx.Module):
     """Noise level sigma [B] to a conditioning vector [B, cond_dim]."""
 
@@ -94,17 +114,9 @@ class TimestepEmbedder(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each behind an adaptive layer norm and a gate that starts at zero."""
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        cond_dim: int,
-        *,
-        dropout: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.heads, self.dropout = heads, dropout
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
+        self.heads, self.dropout = sizes.heads, sizes.dropout
         self.norm1 = layer_norm(width, rngs)
         self.attn_qkv = linear(width, 3 * width, use_bias=False, rngs=rngs, dtype=dtype)
         self.attn_out = linear(width, width, use_bias=False, rngs=rngs, dtype=dtype)
@@ -159,12 +171,11 @@ class Embedding(nnx.Module):
 class OutputLayer(nnx.Module):
     """Hidden states to float32 logits over the vocabulary, the mask token included."""
 
-    def __init__(
-        self, width: int, vocab_size: int, cond_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
         self.dtype = dtype
         self.norm_final = layer_norm(width, rngs)
-        self.linear = linear(width, vocab_size, zero=True, rngs=rngs, dtype=dtype)
+        self.linear = linear(width, sizes.vocab_size, zero=True, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(cond_dim, 2 * width, zero=True, rngs=rngs, dtype=dtype)
 
     def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array) -> jax.Array:
@@ -178,35 +189,14 @@ class OutputLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Tokens [B, L] to hidden states [B, L, width]; `output_layer` turns those into logits.
+    """Tokens [B, L] to hidden states [B, L, width]; `output_layer` turns those into logits."""
 
-    Args:
-      vocab_size: number of rows of the token table, the mask token included.
-      width: hidden size, a multiple of 2 * heads.
-      layers, heads, cond_dim: numbers of blocks and heads, size of the conditioning vector.
-      dropout: rate inside the blocks, used only when keys are passed.
-      dtype: compute dtype; parameters are float32.
-    """
-
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        cond_dim: int,
-        dropout: float,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        self.vocab_embed = Embedding(vocab_size, width, rngs=rngs)
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+        width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
+        self.vocab_embed = Embedding(sizes.vocab_size, width, rngs=rngs)
         self.sigma_map = TimestepEmbedder(cond_dim, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            Block(width, heads, cond_dim, dropout=dropout, dtype=dtype, rngs=rngs)
-            for _ in range(layers)
-        )
-        self.output_layer = OutputLayer(width, vocab_size, cond_dim, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List(Block(sizes, rngs=rngs) for _ in range(sizes.layers))
+        self.output_layer = OutputLayer(sizes, rngs=rngs)
 
     def condition(self, sigma_B: jax.Array) -> jax.Array:
         """Conditioning vector [B, cond_dim] of the noise level sigma [B]."""

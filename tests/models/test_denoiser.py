@@ -7,13 +7,14 @@ import pytest
 from flax import nnx
 
 from lomdm_jax.models.denoiser import Denoiser
-from lomdm_jax.models.transformer import rotary
+from lomdm_jax.models.transformer import Sizes, rotary
 
-SIZES = dict(vocab_size=11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5)
+SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jnp.float32)
 
 
 def build(order_heads=True, dtype=jnp.float32, randomise=True):
-    module = Denoiser(**SIZES, dtype=dtype, order_heads=order_heads, rngs=nnx.Rngs(0))
+    sizes = SIZES._replace(dtype=dtype)
+    module = Denoiser(sizes, order_heads=order_heads, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     if randomise:

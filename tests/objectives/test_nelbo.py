@@ -10,6 +10,7 @@ from flax import nnx
 
 from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import surrogate
@@ -119,8 +120,8 @@ def tiny_network():
     """A real denoiser with both heads, all parameters random, so that no gradient is zero."""
 
     def make():
-        sizes = dict(vocab_size=3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0)
-        return Denoiser(**sizes, dtype=jnp.float32, order_heads=True, rngs=nnx.Rngs(0))
+        sizes = Sizes(3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
+        return Denoiser(sizes, order_heads=True, rngs=nnx.Rngs(0))
 
     graphdef, params = nnx.split(make(), nnx.Param)
     params = nnx.to_pure_dict(params)
