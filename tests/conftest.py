@@ -1,6 +1,14 @@
-"""Eight simulated devices, so that meshes can be tested on a CPU; set before JAX starts."""
+"""Settings that must be made before JAX starts, and that subprocesses of tests inherit."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Eight simulated devices, so that meshes can be tested on a CPU. Most of a test's time is the
+# compiler's: it need not optimise, and what one test compiled another may use.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+_cache = tempfile.TemporaryDirectory(prefix="lomdm_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
