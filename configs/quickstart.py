@@ -28,11 +28,11 @@ def get_config(order: str = "lomdm") -> ConfigDict:
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.98  # 1 / (1 - b2) must be short against the run
 
-    config.train.steps = 750
+    config.train.steps = 800
     config.train.batch_size = 32
     config.train.log_every = 50
-    config.train.eval_every = 250
-    config.checkpoint.every = 250
+    config.train.eval_every = 400
+    config.checkpoint.every = 400
 
     config.eval.draws = 4
     config.sample.count = 64
