@@ -117,10 +117,3 @@ def draw_tokens(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
         return jax.random.categorical(key, logits_LV, mode="high").astype(jnp.int32)
 
     return jax.vmap(row)(keys_B, logits_BLV)
-
-
-def reveal_ranks(revealed_BL: jax.Array) -> jax.Array:
-    """Mean rank of each position's reveal in its row, float32 [B, L]; ties share their mean."""
-    earlier = revealed_BL[..., None, :] < revealed_BL[..., :, None]
-    same = revealed_BL[..., None, :] == revealed_BL[..., :, None]
-    return jnp.sum(earlier, axis=-1) + (jnp.sum(same, axis=-1) - 1) / 2

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lomdm_jax.orders.schedule import Power
 from lomdm_jax.sampling.ancestral import Ancestral, even_progress
-from lomdm_jax.sampling.driver import draw_tokens, generate, reveal_ranks
+from lomdm_jax.sampling.driver import draw_tokens, generate
 from lomdm_jax.sampling.race import Race
 from tests import oracle
 
@@ -137,8 +137,3 @@ def test_token_draws_follow_the_probabilities():
     found = np.bincount(np.asarray(drawn).ravel(), minlength=4)
     expected = 400_000 * np.asarray(jnp.exp(logits), np.float64)
     assert stats.chisquare(found, expected * found.sum() / expected.sum()).pvalue > 1e-3
-
-
-def test_ranks_of_ties_are_their_mean():
-    ranks = reveal_ranks(jnp.array([[2, 1, 2, 5]]))
-    np.testing.assert_allclose(ranks, [[1.5, 0.0, 1.5, 3.0]])

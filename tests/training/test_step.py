@@ -141,6 +141,17 @@ def test_bfloat16_compute_trains_float32_parameters_on_float32_losses():
     assert any(a["loss"] != b["loss"] for a, b in zip(rough[1], exact[1], strict=True))
 
 
+@pytest.mark.parametrize("conditioned", [True, False])
+def test_only_time_conditioning_lets_the_network_see_t(conditioned):
+    config = tiny(model__time_conditioning=conditioned)
+    generator = make_generator(config, VOCAB + 1, VOCAB)
+    params = init_params(config, VOCAB + 1, jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+    z = jnp.full((2, 3, LENGTH), VOCAB)
+    early, late = (generator.reverse(params)(z, jnp.log(jnp.full(3, t)))[0] for t in (0.1, 0.9))
+    assert bool(jnp.any(early != late)) == conditioned
+
+
 def test_the_heads_learn_at_their_own_rate():
     """With Adam's first step each parameter moves by the rate, up to its sign."""
     base, slow = (run(tiny(optimizer__head_multiplier=m), steps=2)[0].params for m in (1.0, 0.25))
