@@ -12,7 +12,7 @@ from lomdm_jax.config import default_config
 
 
 def get_config(order: str = "lomdm") -> ConfigDict:
-    """order: the generation order, "lomdm" or "mdm"."""
+    """order: the generation order, one of lomdm_jax.orders.NAMES."""
     config = default_config()
     config.order.name = order
     config.objective.name = "order"  # the time-free objective: less noise in a short run

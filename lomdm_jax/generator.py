@@ -11,7 +11,7 @@ from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives.nelbo import Reverse
 from lomdm_jax.orders import Order, make_order
-from lomdm_jax.orders.schedule import Power
+from lomdm_jax.orders.schedule import Schedule
 
 # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - 1e-3) t), finite at t = 1.
 SIGMA_EPS = 1e-3
@@ -31,15 +31,15 @@ class Generator(NamedTuple):
     mask_id: int
     time_conditioning: bool = False
 
-    def forward(self, params: Any, x_BL: jax.Array) -> Power:
-        """The forward schedule of the clean tokens x, exponents [B, L]."""
+    def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
+        """The forward schedule of the clean tokens x, parameters [B, L]."""
         return self.order.schedule(nnx.merge(self.graphdef, params).forward_scores(x_BL))
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
-        logits [K, B, L, V] and the reverse schedule, exponents [K, B, L]."""
+        logits [K, B, L, V] and the reverse schedule, parameters [K, B, L]."""
 
-        def call(z_KBL: jax.Array, log_t_B: jax.Array | None) -> tuple[jax.Array, Power]:
+        def call(z_KBL: jax.Array, log_t_B: jax.Array | None) -> tuple[jax.Array, Schedule]:
             count = z_KBL.shape[0]
             # Rows of one example stay neighbours, so that a batch split over devices stays split.
             z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])

@@ -23,7 +23,8 @@ jobs
   sample     text from a checkpoint, and the order in which it was generated
 
 common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
-  --config.order.name=lomdm|mdm          the generation order
+  --config.order.name=NAME               the generation order: lomdm, mdm, cosine, ar, r2l,
+                                         block:SIZE or permutation:SEED
   --config.objective.name=continuous|order
   --config.train.steps=N                 --config.train.batch_size=SEQUENCES
   --config.data.length=TOKENS            --config.data.vocab_size=PIECES
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
     job = options.get("job", "train")
     if job not in JOBS:
         raise UserError(f"--job is {job!r}: use one of {', '.join(JOBS)}.")
-    path, _, argument = options["config"].partition(":")
+    path, _, argument = options["config"].partition(":")  # the argument may hold a colon too
     config = load_config(path, argument)
     for key, text in overrides:
         override(config, key, text)

@@ -25,6 +25,7 @@ class TableModel(NamedTuple):
 
     length: int
     vocab: int
+    order: Any = None  # a fixed `lomdm_jax.orders.Order` instead of the table's exponents
 
     @property
     def mask_id(self):
@@ -45,12 +46,15 @@ class TableModel(NamedTuple):
         return jnp.sum(z * (self.vocab + 1) ** jnp.arange(self.length), axis=-1)
 
     def forward(self, params, x_BL):
-        return Power(jnp.exp(params["forward"][self.code(x_BL)]))
+        return self.schedule(params["forward"][self.code(x_BL)])
+
+    def schedule(self, scores):
+        return self.order.schedule(scores) if self.order else Power(jnp.exp(scores))
 
     def reverse(self, params, dropout_keys_B=None):
         def call(z_KBL, log_t_B):
             code = self.code(z_KBL)
-            return params["logits"][code], Power(jnp.exp(params["reverse"][code]))
+            return params["logits"][code], self.schedule(params["reverse"][code])
 
         return call
 
@@ -68,77 +72,93 @@ def masks(length: int) -> np.ndarray:
 class States(NamedTuple):
     """The model on every masked version of one sequence, indexed by the subset that is masked.
 
-    nll [S, L], reverse [S, L] reverse exponents, forward [L] forward exponents.
+    nll [S, L]; share and reverse_share [S, L], the probability that a position comes next, and
+    log_ratio [S], the log of the forward over the reverse sum of rates; the schedules, with
+    parameters [S, L].
     """
 
     mask: np.ndarray
     nll: jax.Array
-    reverse: jax.Array
-    forward: jax.Array
+    share: jax.Array
+    reverse_share: jax.Array
+    log_ratio: jax.Array
+    forward: Any
+    reverse: Any
 
 
 def states_of(generator: Any, params: Any, x: np.ndarray) -> States:
     mask = masks(len(x))
     z = jnp.where(mask, generator.mask_id, x)
-    logits, schedule = generator.reverse(params)(z[None], None)
+    logits, reverse = generator.reverse(params)(z[None], None)
+    reverse = jax.tree.map(lambda a: a[0], reverse)
     logp = jax.nn.log_softmax(remove_mask(logits[0], generator.mask_id))
     nll = -jnp.take_along_axis(logp, jnp.broadcast_to(x, z.shape)[..., None], -1)[..., 0]
-    forward = generator.forward(params, jnp.asarray(x)[None]).exponents[0]
-    return States(mask, nll, schedule.exponents[0], forward)
+    forward = generator.forward(params, jnp.broadcast_to(x, z.shape))
+    share, total = next_shares(forward.weights(), mask)
+    reverse_share, reverse_total = next_shares(reverse.weights(), mask)
+    log_ratio = jnp.log(total / reverse_total)
+    return States(mask, nll, share, reverse_share, log_ratio, forward, reverse)
+
+
+def next_shares(weights: Any, mask: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Probability [S, L] that a position comes next, and the sum of the weights [S] (or 1)."""
+    first = jnp.min(jnp.where(mask, weights.group, 10**6), -1, keepdims=True)
+    w = jnp.where(mask & (weights.group == first), jnp.exp(weights.log_w), 0.0)
+    total = jnp.where(mask.any(-1), w.sum(-1), 1.0)
+    return w / total[:, None], total
 
 
 def log_p(generator: Any, params: Any, x: np.ndarray) -> jax.Array:
     """log p(x) by dynamic programming over subsets: from the all-masked state to the clean one."""
     states = states_of(generator, params, x)
     value = [jnp.ones(())]  # probability of completing x from the subset that is still masked
+    step = states.reverse_share * jnp.exp(-states.nll)
     for subset in range(1, 2 ** len(x)):
-        total = jnp.sum(states.reverse[subset], where=states.mask[subset])
-        value.append(
-            sum(
-                states.reverse[subset, i]
-                / total
-                * jnp.exp(-states.nll[subset, i])
-                * value[subset - 2**i]
-                for i in np.flatnonzero(states.mask[subset])
-            )
-        )
+        members = np.flatnonzero(states.mask[subset])
+        value.append(sum(step[subset, i] * value[subset - 2**i] for i in members))
     return jnp.log(value[-1])
 
 
 def state_rates(states: States) -> Terms:
-    """main, order and clock of every subset per unit of log-time, [S]; reconstruction is the
-    cross-entropy of revealing all that is masked at once."""
-    mask, e, reverse = states.mask, states.forward, states.reverse
-    some = mask.any(-1)
-    total = jnp.where(some, jnp.sum(jnp.where(mask, e, 0), -1), 1)
-    total_r = jnp.where(some, jnp.sum(jnp.where(mask, reverse, 0), -1), 1)
-    ratio = jnp.log(e / total[:, None]) - jnp.log(reverse / total_r[:, None])
+    """main, order and clock of every subset per unit of log-time, [S], for power schedules;
+    reconstruction is the cross-entropy of revealing all that is masked at once."""
+    mask, e, reverse = states.mask, states.forward.exponents, states.reverse.exponents
+    ratio = log_excess(states, mask)
     return Terms(
         main=jnp.sum(jnp.where(mask, e * states.nll, 0), -1),
         order=jnp.sum(jnp.where(mask, e * ratio, 0), -1),
-        clock=jnp.where(some, total * jnp.log(total / total_r) - total + total_r, 0),
+        clock=jnp.sum(jnp.where(mask, e * states.log_ratio[:, None] - e + reverse, 0), -1),
         reconstruction=jnp.sum(jnp.where(mask, states.nll, 0), -1),
     )
 
 
+def log_excess(states: States, where: np.ndarray | jax.Array) -> jax.Array:
+    """log of share over reverse share [S, L], 0 elsewhere; both operands are made safe, because
+    a gradient also passes through what `where` leaves out."""
+    ours, theirs = (jnp.where(where, a, 1.0) for a in (states.share, states.reverse_share))
+    return jnp.log(ours) - jnp.log(theirs)
+
+
 def closed_form(states: States) -> Terms:
-    """The untruncated terms. A subset is visited with the probability of the race, and a visit
-    lasts 1 / S of log-time."""
-    length, rates = states.mask.shape[1], state_rates(states)
-    visit = [jnp.zeros(())] * 2**length
+    """The untruncated terms: each subset is visited with the probability of the race."""
+    visit = [jnp.zeros(())] * len(states.mask)
     visit[-1] = jnp.ones(())
-    sums = [jnp.zeros(())] * 3
-    for subset in range(2**length - 1, 0, -1):
-        total = jnp.sum(states.forward, where=states.mask[subset])
-        sums = [s + visit[subset] / total * r[subset] for s, r in zip(sums, rates, strict=False)]
+    for subset in range(len(states.mask) - 1, 0, -1):
         for i in np.flatnonzero(states.mask[subset]):
-            visit[subset - 2**i] += visit[subset] * states.forward[i] / total
-    return Terms(*sums, jnp.zeros(()))
+            visit[subset - 2**i] += visit[subset] * states.share[subset, i]
+    visit = jnp.stack([jnp.zeros(()), *visit[1:]])
+    excess = log_excess(states, states.share > 0)
+    return Terms(
+        main=visit @ jnp.sum(states.share * states.nll, -1),
+        order=visit @ jnp.sum(states.share * excess, -1),
+        clock=visit @ (states.log_ratio - 1 + jnp.exp(-states.log_ratio)),
+        reconstruction=jnp.zeros(()),
+    )
 
 
 def mask_probability(states: States, log_time: jax.Array) -> jax.Array:
     """q(subset masked | x) at -log t = log_time, [..., S]."""
-    kept = jnp.exp(-states.forward * log_time[..., None])[..., None, :]
+    kept = jnp.exp(-states.forward.exponents[0] * log_time[..., None])[..., None, :]
     return jnp.prod(jnp.where(states.mask, kept, 1 - kept), -1)
 
 

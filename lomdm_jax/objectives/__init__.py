@@ -11,7 +11,7 @@ from lomdm_jax.errors import UserError
 from lomdm_jax.objectives import nelbo
 from lomdm_jax.objectives.leave_one_out import surrogate
 from lomdm_jax.objectives.nelbo import Batch, Estimate, Reverse
-from lomdm_jax.orders.schedule import Power
+from lomdm_jax.orders.schedule import Schedule
 
 NAMES = ("continuous", "order")
 
@@ -19,7 +19,7 @@ NAMES = ("continuous", "order")
 class Objective(NamedTuple):
     """An estimator of the bound and the names of the terms that training minimises."""
 
-    estimate: Callable[[Batch, Power, Reverse], Estimate]
+    estimate: Callable[[Batch, Schedule, Reverse], Estimate]
     terms: tuple[str, ...]
 
 
@@ -50,7 +50,7 @@ def make_objective(
 
 
 def loss(
-    objective: Objective, batch: Batch, forward: Power, reverse: Reverse
+    objective: Objective, batch: Batch, forward: Schedule, reverse: Reverse
 ) -> tuple[jax.Array, Estimate]:
     """Training loss per sequence, float32 [B], and the estimate it was made from.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.orders import race
-from lomdm_jax.orders.schedule import Schedule, log_mask_probability
+from lomdm_jax.orders.schedule import Schedule, Weights, log_mask_probability
 
 
 class Corruption(NamedTuple):
@@ -50,15 +50,15 @@ def corrupt_at(
 
 
 def corrupt_race(
-    keys_B: jax.Array, log_w_BL: jax.Array, masked_B: jax.Array, targets_BL: jax.Array, samples: int
+    keys_B: jax.Array, weights: Weights, masked_B: jax.Array, targets_BL: jax.Array, samples: int
 ) -> Corruption:
-    """Draw a reveal order by the race with weights w and mask its last `masked_B` targets.
+    """Draw a reveal order by the race with these weights and mask its last `masked_B` targets.
 
     log_q is the log-probability of the ordered reveals before them.
     """
     draw = jax.vmap(race.race_ranks, in_axes=(0, 0, 0), out_axes=0)
     keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys_B)
-    rank_KBL = jax.vmap(draw, in_axes=(0, None, None))(keys_KB, log_w_BL, targets_BL)
+    rank_KBL = jax.vmap(draw, in_axes=(0, None, None))(keys_KB, weights, targets_BL)
     mask_KBL = rank_KBL >= (targets_BL.shape[-1] - masked_B)[:, None]
-    log_q_KB = race.prefix_log_probability(log_w_BL, rank_KBL, targets_BL, mask_KBL)
+    log_q_KB = race.prefix_log_probability(weights, rank_KBL, targets_BL, mask_KBL)
     return Corruption(mask_KBL, log_q_KB)

@@ -6,14 +6,16 @@ splits exactly into the order (which position next) and the clock (when). Text h
 main + order (+ reconstruction) is a bound as well, and a tighter one; all four are reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lomdm_jax.objectives.corruption import Corruption, corrupt_at, corrupt_race
-from lomdm_jax.orders.schedule import Power, Schedule
+from lomdm_jax.orders.race import log_shares as log_shares_of
+from lomdm_jax.orders.race import next_log_shares
+from lomdm_jax.orders.schedule import Schedule, Weights
 
 # From masked sequences z [K, B, L] and log t ([B], or None where the estimate has no time) to
 # logits [K, B, L, V + mask] and the reverse schedule with parameters [K, B, L].
@@ -111,57 +113,64 @@ def continuous(
     log_t_B, weight_B, at_end_B = _times(batch.uniform_B, eps, reconstruction_share)
     corruption = corrupt_at(batch.keys_B, forward, log_t_B, batch.targets_BL, samples)
     nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, corruption, log_t_B, mask_id)
-    rate_KBL = jnp.broadcast_to(forward.velocity(log_t_B), nll_KBL.shape)
-    reverse_KBL = jnp.broadcast_to(backward.velocity(log_t_B), nll_KBL.shape)
     mask_KBL = corruption.mask_KBL
-    main, order, clock = (
-        jnp.where(at_end_B, 0.0, weight_B * term_KB)
-        for term_KB in _rates(rate_KBL, reverse_KBL, nll_KBL, mask_KBL)
+    log_rates = [
+        jnp.broadcast_to(schedule.log_velocity(log_t_B), nll_KBL.shape)
+        for schedule in (forward, backward)
+    ]
+    log_shares, log_sums = zip(
+        *(log_shares_of(rate, mask_KBL & ~jnp.isneginf(rate)) for rate in log_rates), strict=True
     )
+    active_KBL = mask_KBL & ~jnp.isneginf(log_rates[0])
+    reveal = _per_reveal(nll_KBL, active_KBL, log_shares, log_sums)
+    rate_KB = weight_B * jnp.where(active_KBL.any(-1), jnp.exp(log_sums[0]), 0.0)
+    main, order, clock = (jnp.where(at_end_B, 0.0, rate_KB * term_KB) for term_KB in reveal)
     reconstruction = jnp.where(at_end_B, weight_B * jnp.sum(nll_KBL, axis=-1, where=mask_KBL), 0.0)
     terms = Terms(main, order, clock, reconstruction)
-    t_B1 = jnp.exp(log_t_B)[:, None]
-    rates = (rate_KBL * t_B1, reverse_KBL * t_B1)
+    rates = [jnp.exp(log_rate + log_t_B[:, None]) for log_rate in log_rates]
     return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
 
 
 def time_free(
     batch: Batch,
-    forward: Power,
+    forward: Schedule,
     reverse: Reverse,
     *,
     mask_id: int,
     samples: int,
 ) -> Estimate:
-    """The time-free estimate, for schedules with constant rates: a race instead of a clock.
+    """The time-free estimate: a race instead of a clock.
 
     Draw the order, draw how many of the T targets are still masked uniformly from 1..T, and
-    weigh by T. In log-time a state lasts 1 / S on average, S being the sum of the rates of its
-    masked positions, so dividing the rates by S counts every state of a trajectory once: the
-    same integral as in `continuous`, without an end to drop and with less variance.
+    weigh by T. A state lasts 1 / S on average, S being the sum of the rates of its masked
+    positions, so dividing the rates by S counts every state of a trajectory once: the same
+    integral as in `continuous`, without an end to drop and with less variance. The clock term is
+    exact for schedules with constant rates in log-time, and zero for those that are not learned.
 
     Args:
       batch: rows to score.
-      forward: exponents [B, L].
+      forward: schedule with parameters [B, L].
       reverse: the model, called without a time; see `Reverse`.
       mask_id: id of the mask token.
       samples: K, orders drawn for each row, which share its number of masked positions.
     """
     count_B = jnp.sum(batch.targets_BL, axis=-1)
     masked_B = jnp.minimum(jnp.floor(batch.uniform_B * count_B) + 1, count_B).astype(jnp.int32)
-    log_w_BL = jnp.log(forward.exponents)
-    corruption = corrupt_race(batch.keys_B, log_w_BL, masked_B, batch.targets_BL, samples)
+    weights = forward.weights()
+    corruption = corrupt_race(batch.keys_B, weights, masked_B, batch.targets_BL, samples)
     nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, corruption, None, mask_id)
-    now = jnp.zeros(())  # the rates of log-time are the velocities at t = 1
-    rate_KBL = jnp.broadcast_to(forward.velocity(now), nll_KBL.shape)
-    reverse_KBL = jnp.broadcast_to(backward.velocity(now), nll_KBL.shape)
     mask_KBL = corruption.mask_KBL
-    weight_KB = count_B / jnp.where(mask_KBL.any(-1), jnp.sum(rate_KBL, -1, where=mask_KBL), 1.0)
-    main, order, clock = (
-        weight_KB * term_KB for term_KB in _rates(rate_KBL, reverse_KBL, nll_KBL, mask_KBL)
-    )
+    both = [
+        Weights(*(jnp.broadcast_to(a, mask_KBL.shape) for a in w))
+        for w in (weights, backward.weights())
+    ]
+    log_shares, log_sums = zip(*(next_log_shares(w, mask_KBL) for w in both), strict=True)
+    active_KBL = mask_KBL & ~jnp.isneginf(log_shares[0])
+    reveal = _per_reveal(nll_KBL, active_KBL, log_shares, log_sums)
+    main, order, clock = (count_B * term_KB for term_KB in reveal)
     terms = Terms(main, order, clock, jnp.zeros_like(main))
-    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, rate_KBL, reverse_KBL)
+    rates = [jnp.exp(w.log_w) for w in both]
+    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
 
 
 def _times(uniform_B: jax.Array, eps: float, share: float) -> tuple[jax.Array, ...]:
@@ -187,23 +196,20 @@ def _evaluate(
     return nll_KBL, confidence_KBL, backward
 
 
-def _rates(
-    rate_KBL: jax.Array, reverse_KBL: jax.Array, nll_KBL: jax.Array, mask_KBL: jax.Array
+def _per_reveal(
+    nll_KBL: jax.Array,
+    active_KBL: jax.Array,
+    log_shares: Sequence[jax.Array],
+    log_sums: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Main, order and clock rates of a state, float32 [K, B], per unit of the velocities' time.
+    """Main, order and clock of the next reveal, float32 [K, B]: the rates over their sum S.
 
-    order = sum A [log(A/S) - log(Â/Ŝ)] and clock = S log(S/Ŝ) - S + Ŝ, each >= 0.
+    With w = A / S: main = sum w CE, order = sum w log(w / ŵ), clock = log(S/Ŝ) - 1 + Ŝ/S, the
+    two latter >= 0. Positions that cannot come next count nothing.
     """
-
-    def total(value_KBL: jax.Array) -> jax.Array:
-        return jnp.sum(value_KBL, axis=-1, where=mask_KBL)
-
-    some_KB = mask_KBL.any(axis=-1)
-    sum_KB = jnp.where(some_KB, total(rate_KBL), 1.0)
-    reverse_sum_KB = jnp.where(some_KB, total(reverse_KBL), 1.0)
-    share_KBL = jnp.log(rate_KBL) - jnp.log(sum_KB)[..., None]
-    reverse_share_KBL = jnp.log(reverse_KBL) - jnp.log(reverse_sum_KB)[..., None]
-    main_KB = total(rate_KBL * nll_KBL)
-    order_KB = total(rate_KBL * (share_KBL - reverse_share_KBL))
-    clock_KB = sum_KB * jnp.log(sum_KB / reverse_sum_KB) - sum_KB + reverse_sum_KB
-    return main_KB, order_KB, clock_KB
+    shares_KBL = jnp.exp(log_shares[0])
+    excess_KBL = jnp.where(active_KBL, log_shares[0] - log_shares[1], 0.0)
+    log_ratio_KB = log_sums[0] - log_sums[1]
+    main_KB = jnp.sum(shares_KBL * nll_KBL, axis=-1, where=active_KBL)
+    order_KB = jnp.sum(shares_KBL * excess_KBL, axis=-1, where=active_KBL)
+    return main_KB, order_KB, jnp.expm1(-log_ratio_KB) + log_ratio_KB

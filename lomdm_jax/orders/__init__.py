@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lomdm_jax.errors import UserError
 from lomdm_jax.orders import fixed, learned
-from lomdm_jax.orders.schedule import Power
+from lomdm_jax.orders.schedule import Schedule
 
 
 class Order(NamedTuple):
@@ -20,24 +20,42 @@ class Order(NamedTuple):
     """
 
     learned: bool
-    schedule: Callable[[jax.Array], Power]
+    schedule: Callable[[jax.Array], Schedule]
 
-    def check(self) -> None:
-        """Raise the UserError of bad settings now, before anything is traced."""
-        jax.eval_shape(self.schedule, jax.ShapeDtypeStruct((1, 1), jnp.float32))
+    def check(self, length: int) -> None:
+        """Raise the UserError of bad settings for sequences of `length` tokens, before tracing."""
+        jax.eval_shape(self.schedule, jax.ShapeDtypeStruct((1, length), jnp.float32))
 
 
-NAMES = ("mdm", "lomdm")
+NAMES = ("mdm", "cosine", "ar", "r2l", "block:<size>", "permutation:<seed>", "lomdm")
 
 
 def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
-    """The order called `name`: "mdm" (every exponent equal) or "lomdm" (learned exponents).
+    """The order called `name`, one of NAMES.
+
+    "mdm" and "cosine" reveal at random, "ar" left to right, "r2l" right to left, "block:<size>"
+    blocks of that many tokens, "permutation:<seed>" one fixed permutation, "lomdm" as learned.
+
+    Args:
+      name: see above.
+      c1, c2: of "lomdm"; see `learned.lomdm`.
+      exponent: of "mdm"; 1 is linear.
 
     Raises:
       UserError: for an unknown name.
     """
-    if name == "mdm":
-        return Order(False, functools.partial(fixed.polynomial, exponent=exponent))
-    if name == "lomdm":
-        return Order(True, functools.partial(learned.lomdm, c1=c1, c2=c2))
-    raise UserError(f"order.name is {name!r}, which is no order: use one of {', '.join(NAMES)}.")
+    kind, _, number = name.partition(":")
+    if kind == "block" and number.isdigit():
+        return Order(False, functools.partial(fixed.blocks, size=int(number)))
+    if kind == "permutation" and number.isdigit():
+        return Order(False, functools.partial(fixed.permutation, seed=int(number)))
+    plain = {
+        "mdm": Order(False, functools.partial(fixed.polynomial, exponent=exponent)),
+        "cosine": Order(False, fixed.cosine),
+        "ar": Order(False, fixed.left_to_right),
+        "r2l": Order(False, fixed.right_to_left),
+        "lomdm": Order(True, functools.partial(learned.lomdm, c1=c1, c2=c2)),
+    }
+    if name not in plain:
+        raise UserError(f"order.name is {name!r}, which is no order: use {', '.join(NAMES)}.")
+    return plain[name]

@@ -1,29 +1,32 @@
-"""Plackett-Luce orders as exponential races.
+"""Plackett-Luce orders as exponential races, group after group.
 
 A schedule with constant rates e_i (`schedule.Power`) reveals position i at an Exp(e_i) time, so
 the next position is i with probability e_i over the sum of what is left, at every step. The
 logarithm of an exponential time is minus a Gumbel variable, which is how the race is run here.
+Orders with groups (`schedule.Windows`) run one race per group.
 """
 
 import jax
 import jax.numpy as jnp
 
+from lomdm_jax.orders.schedule import Weights
 
-def race_ranks(key: jax.Array, log_w_BL: jax.Array, targets_BL: jax.Array) -> jax.Array:
+
+def race_ranks(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
     """Draw one order per row; positions that are not targets come before all others.
 
     Args:
       key: one PRNG key.
-      log_w_BL: log weights in nats, float32 [..., L].
+      weights: of the schedule, [..., L].
       targets_BL: which positions take part, bool [..., L].
 
     Returns:
       rank of each position, int32 [..., L]: 0 is revealed first, L - 1 last.
     """
     # Full-precision Gumbel noise: the default float32 draw cuts the tail of the race.
-    gumbel = jax.random.gumbel(key, log_w_BL.shape, log_w_BL.dtype, mode="high")
-    score = jnp.where(targets_BL, log_w_BL + gumbel, jnp.inf)
-    return invert(jnp.argsort(-score, axis=-1))
+    gumbel = jax.random.gumbel(key, weights.log_w.shape, weights.log_w.dtype, mode="high")
+    group = jnp.where(targets_BL, weights.group, -1)
+    return invert(jnp.lexsort((-weights.log_w - gumbel, group), axis=-1))
 
 
 def invert(order: jax.Array) -> jax.Array:
@@ -31,35 +34,77 @@ def invert(order: jax.Array) -> jax.Array:
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
+def next_log_shares(weights: Weights, masked: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log-probability that each position comes next, and the log-sum of the weights.
+
+    Args:
+      weights: of the schedule, [..., L].
+      masked: positions still hidden, bool [..., L].
+
+    Returns:
+      float32 [..., L], -inf for positions that cannot come next (0 everywhere if nothing is
+      masked), and float32 [...], the log-sum over those that can.
+    """
+    lowest = jnp.min(jnp.where(masked, weights.group, jnp.iinfo(jnp.int32).max), -1, keepdims=True)
+    return log_shares(weights.log_w, masked & (weights.group == lowest))
+
+
+def log_shares(log_rate: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log of each active rate over their sum, [..., L], -inf elsewhere; and the log-sum [...].
+
+    Rows without an active position give zeros, so that their gradient is zero and not nan.
+    """
+    some = active.any(axis=-1, keepdims=True)
+    log_rate = jnp.where(active, log_rate, jnp.where(some, -jnp.inf, 0.0))
+    log_sum = jax.nn.logsumexp(log_rate, axis=-1, keepdims=True)
+    return jnp.where(some, log_rate - log_sum, 0.0), jnp.where(some, log_sum, 0.0)[..., 0]
+
+
 def prefix_log_probability(
-    log_w: jax.Array, rank: jax.Array, targets: jax.Array, masked: jax.Array
+    weights: Weights, rank: jax.Array, targets: jax.Array, masked: jax.Array
 ) -> jax.Array:
     """log-probability (nats) of the ordered reveals made so far, [...].
 
-    The sum over revealed targets of log w_i minus the log-sum of the weights not revealed before
-    it. With nothing masked it is the log-probability of the whole order.
+    The sum over revealed targets of log w_i minus the log-sum of the weights of its group that
+    were not revealed before it. With nothing masked it is that of the whole order.
 
     Args:
-      log_w: log weights, float32 [..., L].
+      weights: of the schedule, [..., L].
       rank: reveal rank of each position, int32 [..., L]; see `race_ranks`.
       targets: which positions took part, bool [..., L].
       masked: targets that are still hidden, bool [..., L].
     """
     order = invert(rank)
-    log_w, targets, masked = (
+    log_w, group, targets, masked = (
         jnp.take_along_axis(jnp.broadcast_to(a, rank.shape), order, axis=-1)
-        for a in (log_w, targets, masked)
+        for a in (*weights, targets, masked)
     )
-    # A large finite value, not -inf: the gradient of cumlogsumexp at -inf is nan.
-    left = jax.lax.cumlogsumexp(jnp.where(targets, log_w, -1e9), axis=rank.ndim - 1, reverse=True)
+    # A large finite value, not -inf: the gradient of logaddexp at -inf is nan.
+    left = _sums_to_the_end_of_the_group(jnp.where(targets, log_w, -1e9), group)
     return jnp.sum(jnp.where(targets & ~masked, log_w - left, 0.0), axis=-1)
+
+
+def _sums_to_the_end_of_the_group(log_w: jax.Array, group: jax.Array) -> jax.Array:
+    """log-sum of w from each place to the last one of its group, along the last axis."""
+
+    def join(
+        later: tuple[jax.Array, jax.Array], sooner: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        total = jnp.where(sooner[1], sooner[0], jnp.logaddexp(later[0], sooner[0]))
+        return total, later[1] | sooner[1]
+
+    last = jnp.concatenate(
+        [group[..., 1:] != group[..., :-1], jnp.ones_like(group[..., :1], bool)], axis=-1
+    )
+    axis = log_w.ndim - 1
+    return jax.lax.associative_scan(join, (log_w, last), reverse=True, axis=axis)[0]
 
 
 def expected_ranks(log_w_BL: jax.Array) -> jax.Array:
     """Mean reveal rank of each position, float32 [..., L]: sum over j of P(j before i).
 
     In a race of two, j comes before i with probability w_j / (w_i + w_j); ranks are sums of such
-    events, so no sampling is needed. Costs L^2 per row.
+    events, so no sampling is needed. Costs L^2 per row. For weights without groups.
     """
     before = jax.nn.sigmoid(log_w_BL[..., None, :] - log_w_BL[..., :, None])
     return jnp.sum(before, axis=-1) - 0.5  # the diagonal compares i with itself

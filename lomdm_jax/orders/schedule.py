@@ -11,19 +11,38 @@ import jax
 import jax.numpy as jnp
 
 
-class Schedule(Protocol):
-    """log m_i(t) and its time derivative; everything else in the library follows from the two.
+class Weights(NamedTuple):
+    """The order of a schedule without its clock.
 
-    Both take log t of shape [...] (float32, <= 0) and return [..., L] in float32, where the
-    leading axes broadcast against those of the schedule's own parameters.
+    Going from all masked to clean, the next position is i with probability w_i over the sum of
+    the weights, both among the masked positions of the lowest group that is left.
+
+    log_w: float32 [..., L].
+    group: int32 [..., L].
+    """
+
+    log_w: jax.Array
+    group: jax.Array
+
+
+class Schedule(Protocol):
+    """log m_i(t), its velocity, and the order they imply.
+
+    The first two take log t of shape [...] (float32, <= 0) and return [..., L] in float32, where
+    the leading axes broadcast against those of the schedule's own parameters.
     """
 
     def log_mask(self, log_t: jax.Array) -> jax.Array:
         """log of the probability that position i is masked at t, in nats, <= 0."""
         ...
 
-    def velocity(self, log_t: jax.Array) -> jax.Array:
-        """A_i(t) = d/dt log m_i(t), the rate of the objective (arXiv 2602.02112), per unit time."""
+    def log_velocity(self, log_t: jax.Array) -> jax.Array:
+        """log A_i(t), where A_i(t) = d/dt log m_i(t) is the rate of the objective (arXiv
+        2602.02112) per unit time; -inf where nothing is revealed."""
+        ...
+
+    def weights(self) -> Weights:
+        """Which position comes next; the same at all times."""
         ...
 
 
@@ -38,13 +57,67 @@ class Power(NamedTuple):
     def log_mask(self, log_t: jax.Array) -> jax.Array:
         return self.exponents * log_t[..., None]
 
-    def velocity(self, log_t: jax.Array) -> jax.Array:
-        return self.exponents * jnp.exp(-log_t)[..., None]
+    def log_velocity(self, log_t: jax.Array) -> jax.Array:
+        return jnp.log(self.exponents) - log_t[..., None]
+
+    def weights(self) -> Weights:
+        return Weights(jnp.log(self.exponents), jnp.zeros(self.exponents.shape, jnp.int32))
+
+
+class Cosine(NamedTuple):
+    """m(t) = sin(pi t / 2) at every position, MD4's cosine schedule (google-deepmind/md4)."""
+
+    zeros: jax.Array  # [..., L], gives the shape
+
+    def log_mask(self, log_t: jax.Array) -> jax.Array:
+        # Below t = 1e-4 the sine is its argument to rounding, also where t itself underflows.
+        sine = jnp.log(jnp.sin(jnp.pi / 2 * jnp.exp(jnp.maximum(log_t, -9.0))))
+        return self.zeros + jnp.where(log_t > -9.0, sine, jnp.log(jnp.pi / 2) + log_t)[..., None]
+
+    def log_velocity(self, log_t: jax.Array) -> jax.Array:
+        angle = jnp.pi / 2 * jnp.exp(jnp.maximum(log_t, -9.0))
+        slope = jnp.log(jnp.pi / 2 * jnp.maximum(jnp.cos(angle), 0.0) / jnp.sin(angle))
+        return self.zeros + jnp.where(log_t > -9.0, slope, -log_t)[..., None]
+
+    def weights(self) -> Weights:
+        return Weights(self.zeros, jnp.zeros(self.zeros.shape, jnp.int32))
+
+
+class Windows(NamedTuple):
+    """Groups of positions revealed one group after another, at random within each.
+
+    With G groups, group k is revealed while t falls from 1 - k/G to 1 - (k+1)/G: left to right
+    (one position per group), blocks, or any permutation. The bound is then the chain rule.
+
+    group: int32 [..., L], 0 is revealed first.
+    groups: G, a float32 scalar.
+    """
+
+    group: jax.Array
+    groups: jax.Array
+
+    def _masked_share(self, log_t: jax.Array) -> jax.Array:
+        """Share of the group's window that is still ahead, outside [0, 1] when it is not on."""
+        return self.groups * jnp.exp(log_t)[..., None] - (self.groups - 1 - self.group)
+
+    def log_mask(self, log_t: jax.Array) -> jax.Array:
+        return jnp.log(jnp.clip(self._masked_share(log_t), 0, 1))
+
+    def log_velocity(self, log_t: jax.Array) -> jax.Array:
+        share = self._masked_share(log_t)
+        inside = (share > 0) & (share <= 1)
+        rate = jnp.log(self.groups) - jnp.log(jnp.where(inside, share, 1.0))
+        return jnp.where(inside, rate, -jnp.inf)
+
+    def weights(self) -> Weights:
+        return Weights(jnp.zeros(self.group.shape, jnp.float32), self.group)
 
 
 def unmask_probability(schedule: Schedule, log_t: jax.Array, log_s: jax.Array) -> jax.Array:
     """Probability [..., L] that a position masked at t is revealed by s < t: 1 - m(s)/m(t)."""
-    return -jnp.expm1(schedule.log_mask(log_s) - schedule.log_mask(log_t))
+    log_m_s = schedule.log_mask(log_s)
+    kept = log_m_s - schedule.log_mask(log_t)
+    return jnp.where(jnp.isneginf(log_m_s), 1.0, -jnp.expm1(kept))
 
 
 def log_mask_probability(

@@ -1,4 +1,4 @@
-"""The race: positions are drawn without replacement with weights e, independently of time."""
+"""The race: positions are drawn without replacement by their weights, independently of time."""
 
 from typing import NamedTuple
 
@@ -30,8 +30,6 @@ class Race(NamedTuple):
         call: jax.Array,
         log_t_B: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        # Rates are constant in log-time, where they are the velocities at t = 1.
-        log_w_BL = jnp.log(schedule.velocity(jnp.zeros(())))
-        rank_BL = jax.vmap(race_ranks)(keys_B, log_w_BL, masked_BL)
+        rank_BL = jax.vmap(race_ranks)(keys_B, schedule.weights(), masked_BL)
         done_B = jnp.sum(~masked_BL, axis=-1, keepdims=True)
         return rank_BL < done_B + self.reveal, log_t_B
