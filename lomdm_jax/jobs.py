@@ -1,5 +1,6 @@
 """The jobs of the command line: train, evaluate, sample."""
 
+import contextlib
 import json
 import pathlib
 import time
@@ -68,34 +69,36 @@ def train(run: Run) -> None:
     """Train to the last step, from the newest checkpoint if there is one; then sample."""
     config = run.config
     optimizer = make_optimizer(config.optimizer)
-    checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep, create=True)
-    state, batches = _initial(run, optimizer, checkpoints)
-    save_config(run)
-    first = int(state.step)
-    writer, eval_writer = (MetricWriter(run.workdir, name, first) for name in ("train", "eval"))
-    evaluator = make_evaluator(run)
+    with contextlib.ExitStack() as stack:  # all is written out, however the run ends
+        checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep, create=True)
+        stack.callback(checkpoints.close)
+        state, batches = _initial(run, optimizer, checkpoints)
+        save_config(run)
+        first = int(state.step)
+        writers = {name: MetricWriter(run.workdir, name, first) for name in ("train", "eval")}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        evaluator = make_evaluator(run)
 
-    def evaluate_now(state: TrainState) -> float:
-        evaluation = evaluator(state.ema)
-        eval_writer.write(int(state.step), _flat(evaluation))
-        return evaluation.nelbo_order.nats_per_token
+        def evaluate_now(state: TrainState) -> float:
+            evaluation = evaluator(state.ema)
+            writers["eval"].write(int(state.step), _flat(evaluation))
+            return evaluation.nelbo_order.nats_per_token
 
-    loop = Loop(
-        config,
-        step=_compiled_step(run, optimizer, state),
-        place=run.place,
-        replicate=run.replicate,
-        evaluate=evaluate_now,
-        checkpoints=checkpoints,
-        facts=facts(config, run.prepared.tokenizer),
-        writer=writer,
-    )
-    state = loop.run(state, batches)
+        loop = Loop(
+            config,
+            step=_compiled_step(run, optimizer, state),
+            place=run.place,
+            replicate=run.replicate,
+            evaluate=evaluate_now,
+            checkpoints=checkpoints,
+            facts=facts(config, run.prepared.tokenizer),
+            writer=writers["train"],
+        )
+        state = loop.run(state, batches)
     if first >= config.train.steps:
         print(f"already trained to step {first}; config.train.steps asks for no more", flush=True)
         evaluator(state.ema)
-    for closing in (checkpoints, writer, eval_writer):
-        closing.close()
     write_samples(run, state.ema)
 
 

@@ -47,7 +47,8 @@ JOBS = ("train", "evaluate", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (without the program's name); returns the exit status."""
+    """Run the command line `argv` (without the program's name); returns the exit status: 0, 2 for
+    a user's error, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
         print(HELP)
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
     return 0
 
 
