@@ -65,7 +65,7 @@ class Progress:
         per_step = (now - self._time) / max(step - self._step, 1)
         self._step, self._time = step, now
         speed = values["tokens"] / per_step
-        terms = "  ".join(f"{name} {values[name]:.4f}" for name in TERMS)
+        terms = "  ".join(f"{name} {values[name]:z.4f}" for name in TERMS)
         left = datetime.timedelta(seconds=round(per_step * (self._steps - step)))
         width = len(str(self._steps))
         return (
