@@ -39,12 +39,15 @@ class Generator(NamedTuple):
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
         logits [K, B, L, V] and the reverse schedule, parameters [K, B, L]."""
 
-        def call(z_KBL: jax.Array, log_t_B: jax.Array | None) -> tuple[jax.Array, Schedule]:
+        def call(
+            z_KBL: jax.Array, log_t_B: jax.Array | None, context_BL: jax.Array | None = None
+        ) -> tuple[jax.Array, Schedule]:
             count = z_KBL.shape[0]
+            context_NL = None if context_BL is None else jnp.repeat(context_BL, count, axis=0)
             # Rows of one example stay neighbours, so that a batch split over devices stays split.
             z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])
             logits_NLV, scores_NL = nnx.merge(self.graphdef, params).denoise(
-                z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count)
+                z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count), context_NL
             )
             logits, scores = (
                 jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1)
@@ -61,25 +64,23 @@ class Generator(NamedTuple):
 
 
 def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generator:
-    """The generator of the config sections `model` and `order`, without parameters.
+    """The generator of the config sections `model`, `order` and `data.length`, without parameters.
 
     vocab_size: rows of the token table, the mask token included.
     """
-    order = make_order(**config.order)
-    module = nnx.eval_shape(lambda: _denoiser(config, vocab_size, order.learned, nnx.Rngs(0)))
+    module = nnx.eval_shape(lambda: _denoiser(config, vocab_size, mask_id, nnx.Rngs(0)))
     graphdef, _, *rest = nnx.split(module, nnx.Param, ...)
     assert not jax.tree.leaves(rest), "the model must hold parameters and nothing else"
-    return Generator(graphdef, order, mask_id, config.model.time_conditioning)
+    return Generator(graphdef, make_order(**config.order), mask_id, config.model.time_conditioning)
 
 
 def init_params(config: ConfigDict, vocab_size: int, key: jax.Array) -> Any:
     """Fresh parameters, float32 arrays in a plain dict; run it under jit."""
-    learned = make_order(**config.order).learned
-    module = _denoiser(config, vocab_size, learned, nnx.Rngs(params=key))
+    module = _denoiser(config, vocab_size, 0, nnx.Rngs(params=key))  # no parameter knows the mask
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def _denoiser(config: ConfigDict, vocab_size: int, learned: bool, rngs: nnx.Rngs) -> Denoiser:
+def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs) -> Denoiser:
     model = config.model
     sizes = Sizes(
         vocab_size=vocab_size,
@@ -90,7 +91,9 @@ def _denoiser(config: ConfigDict, vocab_size: int, learned: bool, rngs: nnx.Rngs
         dropout=model.dropout,
         dtype=jnp.dtype(model.dtype),
     )
-    return Denoiser(sizes, order_heads=learned, rngs=rngs)
+    order = make_order(**config.order)
+    groups = tuple(order.groups(config.data.length).tolist()) if order.groups else None
+    return Denoiser(sizes, mask_id=mask_id, order_heads=order.learned, groups=groups, rngs=rngs)
 
 
 def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:

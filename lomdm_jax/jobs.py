@@ -125,6 +125,7 @@ def make_objective_for(run: Run, name: str, samples: int) -> Objective:
         samples=samples,
         eps=run.config.objective.eps,
         reconstruction_share=run.config.objective.reconstruction_share,
+        in_groups=run.generator.order.groups is not None,
     )
 
 

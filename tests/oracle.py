@@ -52,7 +52,7 @@ class TableModel(NamedTuple):
         return self.order.schedule(scores) if self.order else Power(jnp.exp(scores))
 
     def reverse(self, params, dropout_keys_B=None):
-        def call(z_KBL, log_t_B):
+        def call(z_KBL, log_t_B, context_BL=None):
             code = self.code(z_KBL)
             return params["logits"][code], self.schedule(params["reverse"][code])
 

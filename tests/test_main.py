@@ -75,6 +75,28 @@ def test_train_evaluates_samples_and_draws(arguments, trained, monkeypatch, caps
     assert "nelbo_order" in printed and "bits/byte" in printed and "network calls" in printed
 
 
+@pytest.mark.parametrize("order", ["ar", "block:4"])
+def test_fixed_orders_run_from_end_to_end(arguments, tmp_path, order):
+    """Also on the continuous bound, which the same network must serve."""
+    changes = (
+        "train.steps=2",
+        "train.eval_every=2",
+        "train.log_every=1",
+        "objective.name=continuous",
+    )
+    command = arguments(tmp_path, *changes, config=f"configs/quickstart.py:{order}")
+    assert main(command) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["order"] == found["clock"] == 0
+    assert found["nelbo_nats_per_token"] == found["nelbo_order_nats_per_token"] > 0
+    record = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    reveals = np.array(record["revealed"])
+    size = 4 if order == "block:4" else 1
+    np.testing.assert_array_equal(
+        np.sort(reveals.reshape(-1, size), axis=1).ravel(), np.arange(1, 17)
+    )
+
+
 def test_metrics_name_the_terms_and_the_order(trained):
     first = rows(trained / "train.csv")[0]
     wanted = {"loss", "grad_norm", "learning_rate", "tokens_per_second", *Terms._fields}

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from lomdm_jax.models.order_head import OrderHead
 from lomdm_jax.models.transformer import Sizes, Transformer
+from lomdm_jax.models.visibility import View, causal, doubled, full
 
 
 class Denoiser(nnx.Module):
@@ -16,12 +18,24 @@ class Denoiser(nnx.Module):
 
     Args:
       sizes: of the backbone; the heads share its width.
+      mask_id: id of the mask token.
       order_heads: whether the order is learned.
+      groups: the group of each position if the order is fixed, 0 first, and attention is to
+        follow it; None for bidirectional attention. One position per group is a causal model with
+        a shift, more are BD3-LM's doubled sequence; see `visibility`.
     """
 
-    def __init__(self, sizes: Sizes, *, order_heads: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        sizes: Sizes,
+        *,
+        mask_id: int,
+        order_heads: bool,
+        groups: tuple[int, ...] | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.backbone = Transformer(sizes, rngs=rngs)
-        self.order_heads = order_heads
+        self.mask_id, self.order_heads, self.groups = mask_id, order_heads, groups
         if order_heads:
             self.forward_head = OrderHead(sizes, rngs=rngs)
             self.reverse_head = OrderHead(sizes, rngs=rngs)
@@ -31,6 +45,7 @@ class Denoiser(nnx.Module):
         z_BL: jax.Array,
         sigma_B: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
+        context_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Logits, float32 [B, L, vocab_size], and reverse scores, float32 [B, L].
 
@@ -38,15 +53,19 @@ class Denoiser(nnx.Module):
           z_BL: token ids, masked positions holding the mask id, int32.
           sigma_B: noise level for time conditioning, float32; None feeds zeros, as MDLM does.
           dropout_keys_B: one key per row to train with dropout; None for none.
+          context_BL: with `groups`, what a position sees of the groups before its own: the clean
+            text, to learn all groups in one pass. None for z itself, right for the group that is
+            being revealed. Without `groups` a position sees z.
         """
-        positions_L = jnp.arange(z_BL.shape[1])
+        tokens_BQ, view, places_L = self._layout(z_BL, z_BL if context_BL is None else context_BL)
         cond_BD = self._condition(z_BL, sigma_B)
-        hidden_BLD = self.backbone.hidden(z_BL, cond_BD, positions_L, dropout_keys_B)
+        hidden_BQD = self.backbone.hidden(tokens_BQ, cond_BD, view, dropout_keys_B)
+        hidden_BLD = hidden_BQD if places_L is None else hidden_BQD[:, places_L]
         logits_BLV = self.backbone.output_layer(hidden_BLD, cond_BD)
         if not self.order_heads:
             return logits_BLV, jnp.zeros(z_BL.shape, jnp.float32)
         features = jax.lax.stop_gradient((hidden_BLD, cond_BD))
-        return logits_BLV, self.reverse_head(*features, positions_L)
+        return logits_BLV, self.reverse_head(*features, view)
 
     def forward_scores(self, x_BL: jax.Array) -> jax.Array:
         """Scores of the clean sequence x, float32 [B, L]; zeros, for free, if the order is fixed.
@@ -55,10 +74,25 @@ class Denoiser(nnx.Module):
         """
         if not self.order_heads:
             return jnp.zeros(x_BL.shape, jnp.float32)
-        positions_L = jnp.arange(x_BL.shape[1])
-        cond_BD = self._condition(x_BL, None)
-        hidden_BLD = self.backbone.hidden(x_BL, cond_BD, positions_L)
-        return self.forward_head(*jax.lax.stop_gradient((hidden_BLD, cond_BD)), positions_L)
+        view, cond_BD = full(x_BL.shape[1]), self._condition(x_BL, None)
+        hidden_BLD = self.backbone.hidden(x_BL, cond_BD, view)
+        return self.forward_head(*jax.lax.stop_gradient((hidden_BLD, cond_BD)), view)
+
+    def _layout(
+        self, z_BL: jax.Array, context_BL: jax.Array
+    ) -> tuple[jax.Array, View, np.ndarray | None]:
+        """Input tokens [B, Q], who sees whom, and where each position's output stands."""
+        length = z_BL.shape[1]
+        if self.groups is None:
+            return z_BL, full(length), None
+        group_L = np.asarray(self.groups)
+        if len(set(self.groups)) < length:
+            tokens_BQ = jnp.concatenate([z_BL, context_BL], axis=1)
+            return tokens_BQ, doubled(group_L), np.arange(length)
+        # In the order of generation, each slot holds the token before the one that it predicts.
+        before_BL = context_BL[:, np.argsort(group_L)[:-1]]
+        start_B1 = jnp.full_like(z_BL[:, :1], self.mask_id)
+        return jnp.concatenate([start_B1, before_BL], axis=1), causal(length), group_L
 
     def _condition(self, tokens_BL: jax.Array, sigma_B: jax.Array | None) -> jax.Array:
         sigma_B = jnp.zeros(tokens_BL.shape[0]) if sigma_B is None else sigma_B

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lomdm_jax.models.transformer import Block, Sizes, layer_norm, linear
+from lomdm_jax.models.visibility import View
 
 
 class OrderHead(nnx.Module):
@@ -22,8 +23,8 @@ class OrderHead(nnx.Module):
             }
         )
 
-    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, positions_L: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, view: View) -> jax.Array:
         """Scores, float32 [B, L]."""
-        h_BLD = self.norm(self.block(x_BLD, cond_BD, positions_L))
+        h_BLD = self.norm(self.block(x_BLD, cond_BD, view))
         h_BLD = jax.nn.gelu(self.mlp["0"](h_BLD), approximate=True)
         return self.mlp["2"](h_BLD)[..., 0].astype(jnp.float32)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lomdm_jax.models.visibility import View
+
 # torch.nn.Linear's default: uniform within 1 / sqrt(fan_in).
 _torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _zeros = nnx.initializers.zeros
@@ -133,25 +135,26 @@ class Block(nnx.Module):
         self,
         x_BLD: jax.Array,
         cond_BD: jax.Array,
-        positions_L: jax.Array,
+        view: View,
         dropout_keys_B: jax.Array | None = None,
         salt: int = 0,
     ) -> jax.Array:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.adaLN_modulation(cond_BD), 6, axis=-1
         )
-        h_BLD = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), positions_L)
+        h_BLD = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), view)
         x_BLD = x_BLD + gate1[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt)
         h_BLD = self.mlp["0"](_modulate(self.norm2(x_BLD), shift2, scale2))
         h_BLD = self.mlp["2"](jax.nn.gelu(h_BLD, approximate=True))
         return x_BLD + gate2[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
 
-    def _attend(self, x_BLD: jax.Array, positions_L: jax.Array) -> jax.Array:
+    def _attend(self, x_BLD: jax.Array, view: View) -> jax.Array:
         batch, length, width = x_BLD.shape
         qkv = self.attn_qkv(x_BLD).reshape(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        query, key = rotary(query, positions_L), rotary(key, positions_L)
-        mixed_BLHD = jax.nn.dot_product_attention(query, key, value)
+        query, key = (rotary(a, view.positions_Q) for a in (query, key))
+        mask = None if view.mask_QQ is None else view.mask_QQ[None, None]
+        mixed_BLHD = jax.nn.dot_product_attention(query, key, value, mask=mask)
         return self.attn_out(mixed_BLHD.reshape(batch, length, width))
 
 
@@ -206,11 +209,11 @@ class Transformer(nnx.Module):
         self,
         tokens_BL: jax.Array,
         cond_BD: jax.Array,
-        positions_L: jax.Array,
+        view: View,
         dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, L, width]; the residual stream is float32, as in MDLM."""
         x_BLD = self.vocab_embed(tokens_BL)
         for index, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, cond_BD, positions_L, dropout_keys_B, index)
+            x_BLD = block(x_BLD, cond_BD, view, dropout_keys_B, index)
         return x_BLD

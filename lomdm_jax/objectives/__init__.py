@@ -24,12 +24,20 @@ class Objective(NamedTuple):
 
 
 def make_objective(
-    name: str, *, mask_id: int, samples: int, eps: float, reconstruction_share: float
+    name: str,
+    *,
+    mask_id: int,
+    samples: int,
+    eps: float,
+    reconstruction_share: float,
+    in_groups: bool = False,
 ) -> Objective:
     """The objective called `name`.
 
     "continuous" is the paper's bound with its reconstruction term; "order" is the time-free
     bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only.
+    `in_groups` says that the model's attention follows an order with groups; the second then
+    scores all groups in one pass.
 
     Raises:
       UserError: for an unknown name.
@@ -44,7 +52,8 @@ def make_objective(
         )
         return Objective(estimate, ("main", "order", "clock", "reconstruction"))
     if name == "order":
-        estimate = functools.partial(nelbo.time_free, mask_id=mask_id, samples=samples)
+        time_free = nelbo.all_groups if in_groups else nelbo.time_free
+        estimate = functools.partial(time_free, mask_id=mask_id, samples=samples)
         return Objective(estimate, ("main", "order"))
     raise UserError(f"The objective {name!r} is not known: use one of {', '.join(NAMES)}.")
 

@@ -62,3 +62,37 @@ def corrupt_race(
     mask_KBL = rank_KBL >= (targets_BL.shape[-1] - masked_B)[:, None]
     log_q_KB = race.prefix_log_probability(weights, rank_KBL, targets_BL, mask_KBL)
     return Corruption(mask_KBL, log_q_KB)
+
+
+def corrupt_groups(
+    keys_B: jax.Array,
+    group_BL: jax.Array,
+    uniform_B: jax.Array,
+    targets_BL: jax.Array,
+    samples: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Mask a uniform number of the targets of every group at once, at random inside it.
+
+    Args:
+      keys_B: one PRNG key per row.
+      group_BL: int32 group of each position.
+      uniform_B: float32 in [0, 1); group g uses (u + g / groups) mod 1.
+      targets_BL: bool.
+      samples: K.
+
+    Returns:
+      mask_KBL, bool; and weight_KBL, float32: over the number n of masked targets in the group,
+      the group's number of targets. The sum of weight times cross-entropy over masked positions
+      is the bound of the groups, as each is the chain rule's next factor.
+    """
+
+    def row(key: jax.Array, group_L: jax.Array, targets_L: jax.Array) -> tuple[jax.Array, ...]:
+        keys_K = jax.random.split(key, samples)
+        return jax.vmap(race.group_places, in_axes=(0, None, None))(keys_K, group_L, targets_L)
+
+    place_KBL, size_KBL = jax.vmap(row, out_axes=1)(keys_B, group_BL, targets_BL)
+    count_B1 = jnp.max(group_BL, axis=-1, keepdims=True) + 1
+    uniform_BL = jnp.mod(uniform_B[:, None] + group_BL / count_B1, 1.0)
+    masked_KBL = jnp.minimum(jnp.floor(uniform_BL * size_KBL) + 1, size_KBL)
+    mask_KBL = targets_BL & (place_KBL >= size_KBL - masked_KBL)
+    return mask_KBL, size_KBL / masked_KBL

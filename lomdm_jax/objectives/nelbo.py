@@ -6,20 +6,34 @@ splits exactly into the order (which position next) and the clock (when). Text h
 main + order (+ reconstruction) is a bound as well, and a tighter one; all four are reported.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.objectives.corruption import Corruption, corrupt_at, corrupt_race
+from lomdm_jax.objectives.corruption import Corruption, corrupt_at, corrupt_groups, corrupt_race
 from lomdm_jax.orders.race import log_shares as log_shares_of
 from lomdm_jax.orders.race import next_log_shares
 from lomdm_jax.orders.schedule import Schedule, Weights
 
-# From masked sequences z [K, B, L] and log t ([B], or None where the estimate has no time) to
-# logits [K, B, L, V + mask] and the reverse schedule with parameters [K, B, L].
-Reverse = Callable[[jax.Array, jax.Array | None], tuple[jax.Array, Schedule]]
+
+class Reverse(Protocol):
+    """The model: from masked sequences to logits and the reverse schedule."""
+
+    def __call__(
+        self,
+        z_KBL: jax.Array,
+        log_t_B: jax.Array | None,
+        context_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, Schedule]:
+        """Logits [K, B, L, V + mask], and the schedule with parameters [K, B, L].
+
+        log_t_B: None where the estimate has no time.
+        context_BL: the clean text, for models whose attention follows a fixed order: each
+            position sees it up to its own group. None for z itself.
+        """
+        ...
 
 
 class Terms(NamedTuple):
@@ -171,6 +185,42 @@ def time_free(
     terms = Terms(main, order, clock, jnp.zeros_like(main))
     rates = [jnp.exp(w.log_w) for w in both]
     return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
+
+
+def all_groups(
+    batch: Batch,
+    forward: Schedule,
+    reverse: Reverse,
+    *,
+    mask_id: int,
+    samples: int,
+) -> Estimate:
+    """The time-free estimate of a fixed order with groups, all groups in one pass.
+
+    For a model whose attention follows the order, so that a group sees the clean text of the
+    groups before it: BD3-LM's estimate, with the number of masks per block instead of a time.
+    With one position per group it is the exact negative log-likelihood, without any noise.
+
+    Args:
+      batch: rows to score.
+      forward: schedule with parameters [B, L]; only its groups matter.
+      reverse: the model; called with the clean text as context.
+      mask_id: id of the mask token.
+      samples: K, masked versions of each row.
+    """
+    group_BL = forward.weights().group
+    mask_KBL, weight_KBL = corrupt_groups(
+        batch.keys_B, group_BL, batch.uniform_B, batch.targets_BL, samples
+    )
+    z_KBL = jnp.where(mask_KBL, mask_id, batch.tokens_BL)
+    logits_KBLV, _ = reverse(z_KBL, None, batch.tokens_BL)
+    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, z_KBL.shape)
+    nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
+    main = jnp.sum(weight_KBL * nll_KBL, axis=-1, where=mask_KBL)
+    nothing = jnp.zeros_like(main)
+    equal = jnp.ones_like(nll_KBL)
+    terms = Terms(main, nothing, nothing, nothing)
+    return Estimate(terms, nothing, mask_KBL, confidence_KBL, equal, equal)
 
 
 def _times(uniform_B: jax.Array, eps: float, share: float) -> tuple[jax.Array, ...]:

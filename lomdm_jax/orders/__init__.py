@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lomdm_jax.errors import UserError
 from lomdm_jax.orders import fixed, learned
@@ -17,10 +18,13 @@ class Order(NamedTuple):
 
     learned: whether the schedule depends on the scores of the order heads.
     schedule: from scores [..., L] (zeros where the order is fixed) to a schedule.
+    groups: from the length to the group of each position, int [L], 0 revealed first; None for
+      orders that have none. Attention can follow an order that has them.
     """
 
     learned: bool
     schedule: Callable[[jax.Array], Schedule]
+    groups: Callable[[int], np.ndarray] | None = None
 
     def check(self, length: int) -> None:
         """Raise the UserError of bad settings for sequences of `length` tokens, before tracing."""
@@ -46,16 +50,20 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
     """
     kind, _, number = name.partition(":")
     if kind == "block" and number.isdigit():
-        return Order(False, functools.partial(fixed.blocks, size=int(number)))
+        return _in_groups(functools.partial(fixed.blocks, size=int(number)))
     if kind == "permutation" and number.isdigit():
-        return Order(False, functools.partial(fixed.permutation, seed=int(number)))
+        return _in_groups(functools.partial(fixed.permutation, seed=int(number)))
     plain = {
         "mdm": Order(False, functools.partial(fixed.polynomial, exponent=exponent)),
         "cosine": Order(False, fixed.cosine),
-        "ar": Order(False, fixed.left_to_right),
-        "r2l": Order(False, fixed.right_to_left),
+        "ar": _in_groups(fixed.left_to_right),
+        "r2l": _in_groups(fixed.right_to_left),
         "lomdm": Order(True, functools.partial(learned.lomdm, c1=c1, c2=c2)),
     }
     if name not in plain:
         raise UserError(f"order.name is {name!r}, which is no order: use {', '.join(NAMES)}.")
     return plain[name]
+
+
+def _in_groups(groups: Callable[[int], np.ndarray]) -> Order:
+    return Order(False, functools.partial(fixed.windows, groups=groups), groups)

@@ -1,4 +1,6 @@
-"""Orders that are given, not learned. Scores only give the shape, [..., L]."""
+"""Orders that are given, not learned. Where scores are taken they only give the shape, [..., L]."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -29,38 +31,40 @@ def cosine(scores_BL: jax.Array) -> Cosine:
     return Cosine(jnp.zeros(scores_BL.shape, jnp.float32))
 
 
-def windows(scores_BL: jax.Array, group_L: np.ndarray) -> Windows:
-    """Positions revealed group after group: group_L int [L], numbers 0 .. G - 1, 0 first."""
-    count = int(group_L.max()) + 1
+def windows(scores_BL: jax.Array, groups: Callable[[int], np.ndarray]) -> Windows:
+    """Positions revealed group after group; groups: from the length to the group of each."""
+    group_L = groups(scores_BL.shape[-1])
     group = jnp.broadcast_to(jnp.asarray(group_L, jnp.int32), scores_BL.shape)
-    return Windows(group, jnp.full((*scores_BL.shape[:-1], 1), count, jnp.float32))
+    return Windows(group, jnp.full((*scores_BL.shape[:-1], 1), group_L.max() + 1, jnp.float32))
 
 
-def left_to_right(scores_BL: jax.Array) -> Windows:
-    """One position after another: autoregression."""
-    return windows(scores_BL, np.arange(scores_BL.shape[-1]))
+def left_to_right(length: int) -> np.ndarray:
+    """One position after another: autoregression. Groups, int [L], 0 is revealed first."""
+    return np.arange(length)
 
 
-def right_to_left(scores_BL: jax.Array) -> Windows:
-    """One position after another, the last one first."""
-    return windows(scores_BL, np.arange(scores_BL.shape[-1])[::-1])
+def right_to_left(length: int) -> np.ndarray:
+    """One position after another, the last one first. Groups, int [L]."""
+    return np.arange(length)[::-1]
 
 
-def blocks(scores_BL: jax.Array, size: int) -> Windows:
+def blocks(length: int, size: int) -> np.ndarray:
     """Blocks of `size` positions from left to right, at random within each (BD3-LM).
+
+    Returns:
+      groups, int [L].
 
     Raises:
       UserError: unless `size` divides the length.
     """
-    length = scores_BL.shape[-1]
     if size < 1 or length % size:
         raise UserError(
             f"order.name asks for blocks of {size} tokens, but that does not divide data.length = "
             f"{length}: choose a divisor of {length}."
         )
-    return windows(scores_BL, np.arange(length) // size)
+    return np.arange(length) // size
 
 
-def permutation(scores_BL: jax.Array, seed: int) -> Windows:
-    """One position after another in an order drawn once from `seed`."""
-    return windows(scores_BL, np.random.default_rng(seed).permutation(scores_BL.shape[-1]))
+def permutation(length: int, seed: int) -> np.ndarray:
+    """One position after another in an order drawn once from `seed`. Groups, int [L]."""
+    return np.random.default_rng(seed).permutation(length)

@@ -100,6 +100,34 @@ def _sums_to_the_end_of_the_group(log_w: jax.Array, group: jax.Array) -> jax.Arr
     return jax.lax.associative_scan(join, (log_w, last), reverse=True, axis=axis)[0]
 
 
+def group_places(
+    key: jax.Array, group_BL: jax.Array, targets_BL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A random order inside each group: each target's place in it, and the group's targets.
+
+    Args:
+      key: one PRNG key.
+      group_BL: int32 [..., L].
+      targets_BL: which positions take part, bool [..., L].
+
+    Returns:
+      place, int32 [..., L], from 0, and size, int32 [..., L]; of no meaning for non-targets.
+    """
+    weights = Weights(jnp.zeros(group_BL.shape), group_BL)
+    rank = race_ranks(key, weights, targets_BL)
+    order, here = invert(rank), jnp.arange(rank.shape[-1])
+    group = jnp.take_along_axis(jnp.where(targets_BL, group_BL, -1), order, axis=-1)
+    edge = group[..., 1:] != group[..., :-1]
+    always = jnp.ones_like(edge[..., :1])
+    axis = rank.ndim - 1
+    first = jnp.where(jnp.concatenate([always, edge], -1), here, 0)
+    last = jnp.where(jnp.concatenate([edge, always], -1), here, here[-1])
+    first = jax.lax.cummax(first, axis=axis)
+    last = jax.lax.cummin(last, axis=axis, reverse=True)
+    place, size = (jnp.take_along_axis(a, rank, -1) for a in (here - first, last - first + 1))
+    return place, size
+
+
 def expected_ranks(log_w_BL: jax.Array) -> jax.Array:
     """Mean reveal rank of each position, float32 [..., L]: sum over j of P(j before i).
 

@@ -14,7 +14,7 @@ SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jn
 
 def build(order_heads=True, dtype=jnp.float32, randomise=True):
     sizes = SIZES._replace(dtype=dtype)
-    module = Denoiser(sizes, order_heads=order_heads, rngs=nnx.Rngs(0))
+    module = Denoiser(sizes, mask_id=10, order_heads=order_heads, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     if randomise:

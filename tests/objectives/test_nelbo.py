@@ -121,7 +121,7 @@ def tiny_network():
 
     def make():
         sizes = Sizes(3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
-        return Denoiser(sizes, order_heads=True, rngs=nnx.Rngs(0))
+        return Denoiser(sizes, mask_id=2, order_heads=True, rngs=nnx.Rngs(0))
 
     graphdef, params = nnx.split(make(), nnx.Param)
     params = nnx.to_pure_dict(params)
