@@ -93,7 +93,7 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
     )
     order = make_order(**config.order)
     groups = tuple(order.groups(config.data.length).tolist()) if order.groups else None
-    return Denoiser(sizes, mask_id=mask_id, order_heads=order.learned, groups=groups, rngs=rngs)
+    return Denoiser(sizes, mask_id=mask_id, scores=order.scores, groups=groups, rngs=rngs)
 
 
 def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:

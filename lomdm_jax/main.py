@@ -23,7 +23,7 @@ jobs
   sample     text from a checkpoint, and the order in which it was generated
 
 common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
-  --config.order.name=NAME               the generation order: lomdm, mdm, cosine, ar, r2l,
+  --config.order.name=NAME               the generation order: lomdm, genmd4, mdm, cosine, ar, r2l,
                                          block:SIZE or permutation:SEED
   --config.objective.name=continuous|order
   --config.train.steps=N                 --config.train.batch_size=SEQUENCES

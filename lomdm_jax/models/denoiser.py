@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lomdm_jax.models.order_head import OrderHead
+from lomdm_jax.models.order_head import OrderHead, TokenHead
 from lomdm_jax.models.transformer import Sizes, Transformer
 from lomdm_jax.models.visibility import View, causal, doubled, full
 
@@ -14,12 +14,14 @@ class Denoiser(nnx.Module):
     """A backbone and, for a learned order, a forward head (reads x) and a reverse head (reads z).
 
     The heads see the hidden states through a stop-gradient, so that the order terms train the
-    heads only and the cross-entropy trains the backbone only.
+    heads only and the cross-entropy trains the backbone only. GenMD4 has one rate per vocabulary
+    entry instead, and its reverse rates train the backbone too.
 
     Args:
       sizes: of the backbone; the heads share its width.
       mask_id: id of the mask token.
-      order_heads: whether the order is learned.
+      scores: what the order is learned from: "position" for a score per position from the two
+        heads, "token" for one per vocabulary entry, "none" for a fixed order.
       groups: the group of each position if the order is fixed, 0 first, and attention is to
         follow it; None for bidirectional attention. One position per group is a causal model with
         a shift, more are BD3-LM's doubled sequence; see `visibility`.
@@ -30,13 +32,15 @@ class Denoiser(nnx.Module):
         sizes: Sizes,
         *,
         mask_id: int,
-        order_heads: bool,
+        scores: str,
         groups: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         self.backbone = Transformer(sizes, rngs=rngs)
-        self.mask_id, self.order_heads, self.groups = mask_id, order_heads, groups
-        if order_heads:
+        self.mask_id, self.scores, self.groups = mask_id, scores, groups
+        if scores == "token":
+            self.token_head = TokenHead(sizes.vocab_size)
+        if scores == "position":
             self.forward_head = OrderHead(sizes, rngs=rngs)
             self.reverse_head = OrderHead(sizes, rngs=rngs)
 
@@ -62,8 +66,11 @@ class Denoiser(nnx.Module):
         hidden_BQD = self.backbone.hidden(tokens_BQ, cond_BD, view, dropout_keys_B)
         hidden_BLD = hidden_BQD if places_L is None else hidden_BQD[:, places_L]
         logits_BLV = self.backbone.output_layer(hidden_BLD, cond_BD)
-        if not self.order_heads:
+        if self.scores == "none":
             return logits_BLV, jnp.zeros(z_BL.shape, jnp.float32)
+        if self.scores == "token":
+            is_mask_V = jnp.arange(logits_BLV.shape[-1]) == self.mask_id
+            return self.token_head.reverse(jnp.where(is_mask_V, -jnp.inf, logits_BLV))
         features = jax.lax.stop_gradient((hidden_BLD, cond_BD))
         return logits_BLV, self.reverse_head(*features, view)
 
@@ -72,8 +79,10 @@ class Denoiser(nnx.Module):
 
         The pass over x carries no gradient and no dropout: its output defines q.
         """
-        if not self.order_heads:
+        if self.scores == "none":
             return jnp.zeros(x_BL.shape, jnp.float32)
+        if self.scores == "token":
+            return self.token_head.forward(x_BL)
         view, cond_BD = full(x_BL.shape[1]), self._condition(x_BL, None)
         hidden_BLD = self.backbone.hidden(x_BL, cond_BD, view)
         return self.forward_head(*jax.lax.stop_gradient((hidden_BLD, cond_BD)), view)

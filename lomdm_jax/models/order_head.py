@@ -1,4 +1,4 @@
-"""From hidden states to one score per position: the order head g of LoMDM (arXiv 2602.02112)."""
+"""What an order is learned with: LoMDM's order head (arXiv 2602.02112), GenMD4's rates."""
 
 import jax
 import jax.numpy as jnp
@@ -28,3 +28,25 @@ class OrderHead(nnx.Module):
         h_BLD = self.norm(self.block(x_BLD, cond_BD, view))
         h_BLD = jax.nn.gelu(self.mlp["0"](h_BLD), approximate=True)
         return self.mlp["2"](h_BLD)[..., 0].astype(jnp.float32)
+
+
+class TokenHead(nnx.Module):
+    """One log-rate per vocabulary entry (GenMD4, google-deepmind/md4), all equal at the start."""
+
+    def __init__(self, vocab_size: int):
+        self.log_rate = nnx.Param(jnp.zeros(vocab_size, jnp.float32))
+
+    def forward(self, x_BL: jax.Array) -> jax.Array:
+        """log-rates of the tokens x, float32 [B, L]."""
+        return jnp.take(self.log_rate[...], x_BL, axis=0)
+
+    def reverse(self, logits_BLV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Logits of the token that comes next, and log-rates [B, L], from token logits.
+
+        A position that would hold v is revealed at rate w_v, so it is revealed at the rate
+        sum p_v w_v, and then holds v with probability proportional to p_v w_v.
+
+        logits_BLV: float32, -inf at the mask token.
+        """
+        weighted_BLV = jax.nn.log_softmax(logits_BLV) + self.log_rate[...]
+        return weighted_BLV, jax.nn.logsumexp(weighted_BLV, axis=-1)

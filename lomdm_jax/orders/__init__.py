@@ -16,29 +16,36 @@ from lomdm_jax.orders.schedule import Schedule
 class Order(NamedTuple):
     """An order as the rest of the library sees it.
 
-    learned: whether the schedule depends on the scores of the order heads.
+    scores: what the schedule is learned from: "position" (the order heads), "token" (a rate per
+      vocabulary entry) or "none" for a fixed order.
     schedule: from scores [..., L] (zeros where the order is fixed) to a schedule.
     groups: from the length to the group of each position, int [L], 0 revealed first; None for
       orders that have none. Attention can follow an order that has them.
     """
 
-    learned: bool
+    scores: str
     schedule: Callable[[jax.Array], Schedule]
     groups: Callable[[int], np.ndarray] | None = None
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is an order to learn."""
+        return self.scores != "none"
 
     def check(self, length: int) -> None:
         """Raise the UserError of bad settings for sequences of `length` tokens, before tracing."""
         jax.eval_shape(self.schedule, jax.ShapeDtypeStruct((1, length), jnp.float32))
 
 
-NAMES = ("mdm", "cosine", "ar", "r2l", "block:<size>", "permutation:<seed>", "lomdm")
+NAMES = ("mdm", "cosine", "ar", "r2l", "block:<size>", "permutation:<seed>", "genmd4", "lomdm")
 
 
 def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
     """The order called `name`, one of NAMES.
 
     "mdm" and "cosine" reveal at random, "ar" left to right, "r2l" right to left, "block:<size>"
-    blocks of that many tokens, "permutation:<seed>" one fixed permutation, "lomdm" as learned.
+    blocks of that many tokens, "permutation:<seed>" in one fixed order. Two are learned: "genmd4"
+    from a rate per vocabulary entry, "lomdm" from the context.
 
     Args:
       name: see above.
@@ -54,11 +61,12 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
     if kind == "permutation" and number.isdigit():
         return _in_groups(functools.partial(fixed.permutation, seed=int(number)))
     plain = {
-        "mdm": Order(False, functools.partial(fixed.polynomial, exponent=exponent)),
-        "cosine": Order(False, fixed.cosine),
+        "mdm": Order("none", functools.partial(fixed.polynomial, exponent=exponent)),
+        "cosine": Order("none", fixed.cosine),
         "ar": _in_groups(fixed.left_to_right),
         "r2l": _in_groups(fixed.right_to_left),
-        "lomdm": Order(True, functools.partial(learned.lomdm, c1=c1, c2=c2)),
+        "genmd4": Order("token", learned.by_token),
+        "lomdm": Order("position", functools.partial(learned.lomdm, c1=c1, c2=c2)),
     }
     if name not in plain:
         raise UserError(f"order.name is {name!r}, which is no order: use {', '.join(NAMES)}.")
@@ -66,4 +74,4 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
 
 
 def _in_groups(groups: Callable[[int], np.ndarray]) -> Order:
-    return Order(False, functools.partial(fixed.windows, groups=groups), groups)
+    return Order("none", functools.partial(fixed.windows, groups=groups), groups)

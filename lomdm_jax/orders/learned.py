@@ -34,3 +34,8 @@ def lomdm(scores_BL: jax.Array, c1: float, c2: float) -> Power:
     if c2 == 0:  # nothing depends on the scores: the program is that of a fixed order, bit by bit
         return polynomial(scores_BL, c1)
     return Power(c1 + c2 * norm_sig(scores_BL))
+
+
+def by_token(scores_BL: jax.Array) -> Power:
+    """GenMD4's exponents, from log-rates [..., L] (Shi et al., arXiv 2406.04329)."""
+    return Power(jnp.exp(scores_BL))

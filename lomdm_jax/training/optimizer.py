@@ -29,7 +29,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _order_heads(params: Any) -> Any:
-    """True for the parameters of the order heads."""
+    """True for the parameters that only the order has."""
     return jax.tree.map_with_path(lambda path, _: path[0].key.endswith("_head"), params)
 
 

@@ -12,9 +12,9 @@ from lomdm_jax.models.transformer import Sizes, rotary
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jnp.float32)
 
 
-def build(order_heads=True, dtype=jnp.float32, randomise=True):
+def build(scores="position", dtype=jnp.float32, randomise=True):
     sizes = SIZES._replace(dtype=dtype)
-    module = Denoiser(sizes, mask_id=10, order_heads=order_heads, rngs=nnx.Rngs(0))
+    module = Denoiser(sizes, mask_id=10, scores=scores, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     if randomise:
@@ -65,7 +65,7 @@ def test_backbone_has_mdlms_names_and_shapes():
         name.replace("kernel", "weight").replace("scale", "weight"): shape[::-1]
         if "kernel" in name
         else shape
-        for name, shape in names(build(order_heads=False)[1]["backbone"]).items()
+        for name, shape in names(build(scores="none")[1]["backbone"]).items()
     }
     assert ours == mdlm
 
@@ -78,7 +78,9 @@ def test_a_fresh_model_is_uniform_and_its_order_random():
 
 def test_learning_the_order_leaves_the_backbone_as_it_is():
     """The same seed gives the same backbone with and without heads."""
-    with_heads, without = (build(heads, randomise=False)[1]["backbone"] for heads in (True, False))
+    with_heads, without = (
+        build(kind, randomise=False)[1]["backbone"] for kind in ("position", "none")
+    )
     jax.tree.map(np.testing.assert_array_equal, with_heads, without)
 
 
@@ -108,6 +110,26 @@ def test_gradients_stay_in_their_parts():
     assert touched(lambda m: m.denoise(z)[0]) == {"backbone"}
     assert touched(lambda m: m.denoise(z)[1]) == {"reverse_head"}
     assert touched(lambda m: m.forward_scores(z)) == {"forward_head"}
+
+
+def test_equal_token_rates_leave_the_logits_and_unequal_ones_tilt_them():
+    graphdef, params = build(scores="token")
+    z = jnp.arange(12).reshape(2, 6) % 11
+    params["token_head"]["log_rate"] = jnp.zeros(11)
+    logits, scores = nnx.merge(graphdef, params).denoise(z)
+    plain = nnx.merge(*build(scores="none")[:1], {"backbone": params["backbone"]}).denoise(z)[0]
+    expected = jax.nn.log_softmax(plain[..., :10])
+    np.testing.assert_allclose(logits[..., :10], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores, 0, atol=1e-5)
+    rates = jnp.linspace(0.5, 3.0, 11)
+    params["token_head"]["log_rate"] = jnp.log(rates)
+    model = nnx.merge(graphdef, params)
+    logits, scores = model.denoise(z)
+    weighted = jnp.exp(expected) * rates[:10]
+    np.testing.assert_allclose(jnp.exp(scores), weighted.sum(-1), rtol=1e-4)
+    shares = weighted / weighted.sum(-1, keepdims=True)
+    np.testing.assert_allclose(jax.nn.softmax(logits[..., :10]), shares, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(jnp.exp(model.forward_scores(z)), rates[z], rtol=1e-6)
 
 
 def test_bfloat16_compute_gives_float32_logits_near_float32s():

@@ -27,7 +27,7 @@ def network(name, follow=True):
     order = make_order(name, c1=1.0, c2=0.0, exponent=1.0)
     sizes = Sizes(VOCAB + 1, width=8, layers=2, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
     groups = tuple(order.groups(LENGTH).tolist()) if follow and order.groups else None
-    module = Denoiser(sizes, mask_id=VOCAB, order_heads=False, groups=groups, rngs=nnx.Rngs(0))
+    module = Denoiser(sizes, mask_id=VOCAB, scores="none", groups=groups, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(module, nnx.Param)
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(params))
     keys = jax.random.split(jax.random.key(5), len(leaves))

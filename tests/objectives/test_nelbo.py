@@ -116,19 +116,19 @@ def test_positions_that_are_not_targets_stay_visible_and_cost_nothing():
         assert all((term == 0).all() for term in objective(name).estimate(*scored(none)).terms)
 
 
-def tiny_network():
-    """A real denoiser with both heads, all parameters random, so that no gradient is zero."""
+def tiny_network(name):
+    """A real denoiser of a learned order, all parameters random, so that no gradient is zero."""
+    order = make_order(name, c1=0.7, c2=0.65, exponent=1.0)
 
     def make():
         sizes = Sizes(3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
-        return Denoiser(sizes, mask_id=2, order_heads=True, rngs=nnx.Rngs(0))
+        return Denoiser(sizes, mask_id=2, scores=order.scores, rngs=nnx.Rngs(0))
 
     graphdef, params = nnx.split(make(), nnx.Param)
     params = nnx.to_pure_dict(params)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     leaves = [a + 0.5 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    order = make_order("lomdm", c1=0.7, c2=0.65, exponent=1.0)
     return Generator(graphdef, order, mask_id=2), jax.tree.unflatten(tree, leaves)
 
 
@@ -140,10 +140,44 @@ def exact_loss(generator, params, x, name):
     return exact.main + exact.order
 
 
+def test_genmd4_is_bounded_and_with_equal_rates_it_is_masked_diffusion():
+    """Its reverse rates are expected under the tokens, so its bound is the general one."""
+    generator, params = tiny_network("genmd4")
+    log_p = [oracle.log_p(generator, params, x) for x in SEQUENCES]
+    assert float(jnp.sum(jnp.exp(jnp.stack(log_p)))) == pytest.approx(1, abs=1e-5)
+    for x, log_p_x in zip(SEQUENCES, log_p, strict=True):
+        found = oracle.closed_form(oracle.states_of(generator, params, x))
+        assert -float(log_p_x) < float(found.main + found.order) < float(sum(found))
+        direct = genmd4_bound(generator, params, x)
+        assert float(sum(found)) == pytest.approx(direct, rel=1e-4)
+    params["token_head"]["log_rate"] = jnp.zeros(3)
+    equal = oracle.closed_form(oracle.states_of(generator, params, SEQUENCES[3]))
+    mdm, _ = tiny_network("mdm")
+    plain = oracle.states_of(mdm, {"backbone": params["backbone"]}, SEQUENCES[3])
+    np.testing.assert_allclose(sum(equal), sum(oracle.closed_form(plain)), rtol=1e-5)
+
+
+def genmd4_bound(generator, params, x):
+    """GenMD4's own form: the integral of w_x CE + (sum_v p_v w_v) - w_x over masked positions,
+    with the network's plain token probabilities (Shi et al., arXiv 2406.04329)."""
+    states = oracle.states_of(generator, params, x)
+    rates = jnp.exp(params["token_head"]["log_rate"])[:2]
+    z = jnp.where(states.mask, 2, x)
+    mdm, _ = tiny_network("mdm")
+    logits = mdm.reverse({"backbone": params["backbone"]})(z[None], None)[0][0, ..., :2]
+    p = jax.nn.softmax(logits)
+    nll = -jnp.log(jnp.take_along_axis(p, jnp.broadcast_to(x, z.shape)[..., None], -1)[..., 0])
+    cost = rates[x] * nll + p @ rates - rates[x]
+    node, weight = np.polynomial.legendre.leggauss(400)
+    visits = 200 * weight @ oracle.mask_probability(states, jnp.asarray((node + 1) * 200))
+    return float(visits @ jnp.sum(jnp.where(states.mask, cost, 0), -1))
+
+
+@pytest.mark.parametrize("order", ["lomdm", "genmd4"])
 @pytest.mark.parametrize("name", ["continuous", "order"])
-def test_gradients_match_enumeration(name):
+def test_gradients_match_enumeration(order, name):
     """theta, phi and psi: the mean gradient of the training loss, along random directions."""
-    generator, params = tiny_network()
+    generator, params = tiny_network(order)
     x = np.array([1, 0, 1], np.int32)
     exact = jax.jit(jax.grad(lambda p: exact_loss(generator, p, x, name)))(params)
 
@@ -162,8 +196,7 @@ def test_gradients_match_enumeration(name):
     def project(grads):
         """Six random directions for each group of parameters."""
         return {
-            group: jnp.stack([direction_sum(grads[group], i) for i in range(6)])
-            for group in ("backbone", "forward_head", "reverse_head")
+            group: jnp.stack([direction_sum(grads[group], i) for i in range(6)]) for group in grads
         }
 
     def direction_sum(tree, i):
