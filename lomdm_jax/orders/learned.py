@@ -9,8 +9,15 @@ from lomdm_jax.orders.schedule import Power
 
 
 def norm_sig(scores_BL: jax.Array) -> jax.Array:
-    """sigmoid(v_i) minus its mean over the sequence, float32 [..., L], inside (-1, 1)."""
-    squashed = jax.nn.sigmoid(scores_BL.astype(jnp.float32))
+    """sigmoid(v_i) minus its mean over the sequence, float32 [..., L], inside (-1, 1).
+
+    The scores v are centred first. This reaches the very same vectors as the paper's formula,
+    which has one degree of freedom too many: what it makes of scores v it also makes of some
+    scores of mean zero. But it takes away a trap: nothing pulls back the mean of uncentred
+    scores, it drifts, the sigmoids saturate, and the order silently becomes random for good.
+    """
+    scores_BL = scores_BL.astype(jnp.float32)
+    squashed = jax.nn.sigmoid(scores_BL - jnp.mean(scores_BL, axis=-1, keepdims=True))
     return squashed - jnp.mean(squashed, axis=-1, keepdims=True)
 
 

@@ -59,6 +59,35 @@ def test_norm_sig_keeps_exponents_positive_with_mean_c1():
     assert exponents.mean() == pytest.approx(0.7, abs=1e-6)
 
 
+def test_a_common_shift_of_the_scores_changes_nothing():
+    """Uncentred, a shift by 30 saturates every sigmoid and leaves no order and no gradient."""
+    scores = jnp.array([[0.3, -1.0, 2.0, 0.5]])
+
+    def first(scores):
+        return learned.lomdm(scores, 0.7, 0.65).exponents[0, 0]
+
+    assert first(scores + 30) == pytest.approx(float(first(scores)), abs=1e-5)
+    gradient = jax.grad(first)(scores + 30)
+    np.testing.assert_allclose(gradient, jax.grad(first)(scores), rtol=1e-4)
+    assert jnp.abs(gradient).max() > 0.01
+
+
+def test_centred_scores_reach_all_that_the_papers_formula_does():
+    """Shift the sigmoids by m until their logits have mean zero: the same NormSig."""
+    rng = np.random.default_rng(0)
+    for scores in rng.normal(rng.normal(0, 3, (50, 1)), 2.0, (50, 6)):
+        squashed = 1 / (1 + np.exp(-scores))
+        low, high = -squashed.min(), 1 - squashed.max()
+        for _ in range(200):
+            middle = (low + high) / 2
+            shifted = squashed + middle
+            logits = np.log(shifted) - np.log1p(-shifted)
+            low, high = (middle, high) if logits.mean() < 0 else (low, middle)
+        assert abs(logits.mean()) < 1e-6
+        found = learned.norm_sig(jnp.asarray(logits, jnp.float32))
+        np.testing.assert_allclose(found, squashed - squashed.mean(), atol=2e-5)
+
+
 @pytest.mark.parametrize(("c1", "c2"), [(0.65, 0.7), (0.5, 0.5), (0.7, -0.1)])
 def test_c1_must_exceed_c2(c1, c2):
     with pytest.raises(UserError, match=rf"c1 is {c1} and order.c2 is {c2}"):
