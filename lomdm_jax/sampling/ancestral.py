@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.orders.schedule import Schedule, unmask_probability
+from lomdm_jax.sampling.driver import Now
 
 
 class Ancestral(NamedTuple):
@@ -23,22 +24,16 @@ class Ancestral(NamedTuple):
     def max_calls(self) -> int:
         return self.steps
 
-    def __call__(
-        self,
-        keys_B: jax.Array,
-        schedule: Schedule,
-        masked_BL: jax.Array,
-        call: jax.Array,
-        log_t_B: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        left = self.steps - call
+    def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
+        left = self.steps - now.call
         if self.even:
-            log_s_B = even_progress(schedule, masked_BL, log_t_B, left)
+            log_s_B = even_progress(now.schedule, now.masked_BL, now.log_t_B, left)
         else:
-            log_s_B = jnp.broadcast_to(jnp.log((left - 1) / self.steps), log_t_B.shape)
+            log_s_B = jnp.broadcast_to(jnp.log((left - 1) / self.steps), now.log_t_B.shape)
         log_s_B = jnp.where(left == 1, -jnp.inf, log_s_B)
-        probability_BL = unmask_probability(schedule, log_t_B, log_s_B)
-        uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, masked_BL.shape[1:]))(keys_B)
+        probability_BL = unmask_probability(now.schedule, now.log_t_B, log_s_B)
+        shape = now.masked_BL.shape[1:]
+        uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, shape))(now.keys_B)
         return uniform_BL < probability_BL, log_s_B
 
 

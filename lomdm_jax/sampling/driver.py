@@ -22,6 +22,23 @@ class Samples(NamedTuple):
     calls: jax.Array
 
 
+class Now(NamedTuple):
+    """What a sampler may look at when it chooses.
+
+    keys_B: one PRNG key per row.
+    schedule: the reverse schedule at this state, parameters [B, L].
+    masked_BL: bool, positions still hidden.
+    call: int32 scalar, 0 at the first network call.
+    log_t_B: float32, log of the time of each row.
+    """
+
+    keys_B: jax.Array
+    schedule: Schedule
+    masked_BL: jax.Array
+    call: jax.Array
+    log_t_B: jax.Array
+
+
 class Chooser(Protocol):
     """Which positions to reveal now; the one thing in which samplers differ.
 
@@ -31,18 +48,8 @@ class Chooser(Protocol):
     @property
     def max_calls(self) -> int: ...
 
-    def __call__(
-        self,
-        keys_B: jax.Array,
-        schedule: Schedule,
-        masked_BL: jax.Array,
-        call: jax.Array,
-        log_t_B: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        """(reveal_BL, log t of the next call [B]) from the reverse schedule at this call.
-
-        keys_B: one PRNG key per row; call: 0 at the first.
-        """
+    def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
+        """Positions to reveal, bool [B, L], and log t of the next call, float32 [B]."""
         ...
 
 
@@ -87,9 +94,8 @@ def generate(
         logits_KBLV, schedule = reverse(carry.tokens_BL[None], carry.log_t_B)
         masked_BL = carry.tokens_BL == mask_id
         schedule = jax.tree.map(lambda a: a[0], schedule)
-        chosen_BL, log_t_B = chooser(
-            call_keys_B2[:, 0], schedule, masked_BL, carry.call, carry.log_t_B
-        )
+        now = Now(call_keys_B2[:, 0], schedule, masked_BL, carry.call, carry.log_t_B)
+        chosen_BL, log_t_B = chooser(now)
         reveal_BL = chosen_BL & masked_BL
         drawn_BL = draw_tokens(call_keys_B2[:, 1], remove_mask(logits_KBLV[0], mask_id))
         tokens_BL = jnp.where(reveal_BL, drawn_BL, carry.tokens_BL)

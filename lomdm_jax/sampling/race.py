@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.orders.race import race_ranks
-from lomdm_jax.orders.schedule import Schedule
+from lomdm_jax.sampling.driver import Now
 
 
 class Race(NamedTuple):
@@ -22,14 +22,7 @@ class Race(NamedTuple):
     def max_calls(self) -> int:
         return -(-self.length // self.reveal)
 
-    def __call__(
-        self,
-        keys_B: jax.Array,
-        schedule: Schedule,
-        masked_BL: jax.Array,
-        call: jax.Array,
-        log_t_B: jax.Array,
-    ) -> tuple[jax.Array, jax.Array]:
-        rank_BL = jax.vmap(race_ranks)(keys_B, schedule.weights(), masked_BL)
-        done_B = jnp.sum(~masked_BL, axis=-1, keepdims=True)
-        return rank_BL < done_B + self.reveal, log_t_B
+    def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
+        rank_BL = jax.vmap(race_ranks)(now.keys_B, now.schedule.weights(), now.masked_BL)
+        done_B1 = jnp.sum(~now.masked_BL, axis=-1, keepdims=True)
+        return rank_BL < done_B1 + self.reveal, now.log_t_B
