@@ -12,83 +12,87 @@ SAMPLERS = ("ancestral", "race")
 GRIDS = ("even", "linear")
 
 
+# By section; `validate` says what each leaf may be.
+_DEFAULTS = {
+    "data": {
+        "source": "stdlib",  # docstrings of the running Python: nothing to download
+        "tokenizer": "sentencepiece-bpe",  # trained in 0.2 s, unigram in 5 s
+        "vocab_size": 1024,  # pieces, the mask token not counted
+        "length": 128,  # tokens per sequence, as MDLM's LM1B
+        "valid_share": 0.05,  # share of documents held out, chosen by content hash
+        "directory": "runs/data",  # one sub-folder per combination of the settings above
+    },
+    "model": {
+        "width": 768,  # MDLM "small"
+        "layers": 12,
+        "heads": 12,
+        "cond_dim": 128,
+        "dropout": 0.1,
+        "dtype": "float32",  # compute dtype; parameters and losses are float32 always
+        "time_conditioning": False,  # the exact race needs a network that does not see t
+    },
+    "order": {
+        "name": "lomdm",  # orders/__init__.py lists the others
+        "c1": 0.7,  # mean exponent; the paper's best pair (arXiv 2602.02112)
+        "c2": 0.65,  # spread of exponents, below c1
+        "exponent": 1.0,  # order.name = "mdm": m(t) = t^exponent, 1 is linear
+    },
+    "objective": {
+        "name": "continuous",  # the paper's bound; "order": the time-free one
+        "mask_samples": 2,  # masked versions per sequence; a learned order needs 2
+        "eps": 1e-3,  # where the time integral ends, as in MDLM
+        "reconstruction_share": 1 / 16,  # rows drawn at t = eps; few are needed
+    },
+    "optimizer": {
+        "learning_rate": 3e-4,
+        "warmup_steps": 2500,  # linear, then constant
+        "head_multiplier": 1.0,  # rate of the order heads over that of the backbone
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_norm": 1.0,  # global norm of the gradient per token
+        "ema_decay": 0.9999,  # less at first: min(decay, (1 + n) / (10 + n))
+    },
+    "train": {
+        "steps": 1_000_000,
+        "batch_size": 512,  # sequences per step over all devices
+        "micro_batches": 1,  # parts a batch is cut into to save memory
+        "seed": 0,
+        "log_every": 100,  # steps
+        "eval_every": 10_000,  # steps; also after the last one
+    },
+    "eval": {
+        "batch_size": 64,  # sequences
+        "draws": 8,  # estimates per sequence, stratified
+        "sequences": 0,  # how many validation sequences to score; 0 for all
+        "estimator": "order",  # time-free: both bounds with the least noise
+        "seed": 1,
+    },
+    "sample": {
+        "sampler": "race",  # exact; "ancestral" for a fixed number of calls
+        "reveal": 1,  # race: positions per network call; 1 is exact
+        "steps": 64,  # ancestral: network calls
+        "grid": "even",  # ancestral: even progress, or the literature's "linear" in t
+        "count": 8,  # sequences
+        "prompt": "",  # text that every sample starts with
+        "suffix": "",  # text that every sample ends with
+        "seed": 2,
+    },
+    "mesh": {
+        "data": -1,  # devices the batch is split over; -1 for all
+    },
+    "checkpoint": {
+        "every": 10_000,  # steps
+        "keep": 2,  # latest ones kept, beside the best by nelbo_order
+        "restore": "latest",  # evaluate and sample: "latest", "best" or a step
+    },
+}
+
+
 def default_config() -> ConfigDict:
-    """The default configuration; `validate` says what each leaf may be."""
-    config = ConfigDict()
-
-    config.data = ConfigDict()
-    config.data.source = "stdlib"  # docstrings of the running Python: nothing to download
-    config.data.tokenizer = "sentencepiece-bpe"  # trained in 0.2 s, unigram in 5 s
-    config.data.vocab_size = 1024  # pieces, the mask token not counted
-    config.data.length = 128  # tokens per sequence, as MDLM's LM1B
-    config.data.valid_share = 0.05  # share of documents held out, chosen by content hash
-    config.data.directory = "runs/data"  # one sub-folder per combination of the settings above
-
-    config.model = ConfigDict()
-    config.model.width = 768  # MDLM "small"
-    config.model.layers = 12
-    config.model.heads = 12
-    config.model.cond_dim = 128
-    config.model.dropout = 0.1
-    config.model.dtype = "float32"  # compute dtype; parameters and losses are float32 always
-    config.model.time_conditioning = False  # the exact race needs a network that does not see t
-
-    config.order = ConfigDict()
-    config.order.name = "lomdm"  # orders/__init__.py lists the others
-    config.order.c1 = 0.7  # mean exponent; the paper's best pair (arXiv 2602.02112)
-    config.order.c2 = 0.65  # spread of exponents, below c1
-    config.order.exponent = 1.0  # order.name = "mdm": m(t) = t^exponent, 1 is linear
-
-    config.objective = ConfigDict()
-    config.objective.name = "continuous"  # the paper's bound; "order": the time-free one
-    config.objective.mask_samples = 2  # masked versions per sequence; a learned order needs 2
-    config.objective.eps = 1e-3  # where the time integral ends, as in MDLM
-    config.objective.reconstruction_share = 1 / 16  # rows drawn at t = eps; few are needed
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 3e-4
-    config.optimizer.warmup_steps = 2500  # linear, then constant
-    config.optimizer.head_multiplier = 1.0  # rate of the order heads over that of the backbone
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.eps = 1e-8
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 1.0  # global norm of the gradient per token
-    config.optimizer.ema_decay = 0.9999  # less at first: min(decay, (1 + n) / (10 + n))
-
-    config.train = ConfigDict()
-    config.train.steps = 1_000_000
-    config.train.batch_size = 512  # sequences per step over all devices
-    config.train.micro_batches = 1  # parts a batch is cut into to save memory
-    config.train.seed = 0
-    config.train.log_every = 100  # steps
-    config.train.eval_every = 10_000  # steps; also after the last one
-
-    config.eval = ConfigDict()
-    config.eval.batch_size = 64  # sequences
-    config.eval.draws = 8  # estimates per sequence, stratified
-    config.eval.sequences = 0  # how many validation sequences to score; 0 for all
-    config.eval.estimator = "order"  # time-free: both bounds with the least noise
-    config.eval.seed = 1
-
-    config.sample = ConfigDict()
-    config.sample.sampler = "race"  # exact; "ancestral" for a fixed number of calls
-    config.sample.reveal = 1  # race: positions per network call; 1 is exact
-    config.sample.steps = 64  # ancestral: network calls
-    config.sample.grid = "even"  # ancestral: even progress, or the literature's "linear" in t
-    config.sample.count = 8  # sequences
-    config.sample.prompt = ""  # text that every sample starts with
-    config.sample.suffix = ""  # text that every sample ends with
-    config.sample.seed = 2
-
-    config.mesh = ConfigDict()
-    config.mesh.data = -1  # devices the batch is split over; -1 for all
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 10_000  # steps
-    config.checkpoint.keep = 2  # latest ones kept, beside the best by nelbo_order
-    config.checkpoint.restore = "latest"  # evaluate and sample: "latest", "best" or a step
-    return config
+    """A fresh copy of the default configuration."""
+    return ConfigDict(_DEFAULTS)
 
 
 def validate(config: ConfigDict) -> None:
@@ -182,6 +186,14 @@ def _check_combinations(config: ConfigDict) -> None:
             config,
             "train.batch_size",
             f"it must be a multiple of train.micro_batches = {config.train.micro_batches}.",
+        )
+    if made.groups is not None and config.sample.sampler == "ancestral":
+        _reject(
+            config,
+            "sample.sampler",
+            f"order.name = {order.name!r} reveals group after group, and a time step may cross "
+            "from one to the next before it is complete: use 'race', with sample.reveal for more "
+            "than one position of a group at a time.",
         )
     if config.model.time_conditioning:
         _check_time_conditioning(config)

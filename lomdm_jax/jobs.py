@@ -146,6 +146,7 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
             draws=config.draws,
             byte_lengths=run.prepared.tokenizer.byte_lengths,
             place=run.place,
+            progress=_scored_so_far(),
         )
         print(likelihood.report(evaluation, baseline), flush=True)
         facts = {"estimator": config.estimator, "unigram_entropy": baseline, **_flat(evaluation)}
@@ -153,6 +154,19 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
         return evaluation
 
     return evaluator
+
+
+def _scored_so_far() -> Callable[[int], None]:
+    """Prints the number of sequences scored, at most every ten seconds."""
+    shown = time.perf_counter()
+
+    def show(sequences: int) -> None:
+        nonlocal shown
+        if time.perf_counter() - shown >= 10:
+            shown = time.perf_counter()
+            print(f"scored {sequences:,} sequences", flush=True)
+
+    return show
 
 
 def write_samples(run: Run, params: Any) -> None:

@@ -252,11 +252,24 @@ def test_another_tokenizer_or_model_than_the_checkpoints_is_refused(arguments, t
     assert "model.layers = 1" in message and "2" in message
     message = refused(arguments(trained, "train.batch_size=32"), capsys)
     assert "train.batch_size = 16" in message
+    message = refused(arguments(trained, "data.length=32"), capsys)
+    assert "data.length = 16" in message and "32" in message
+
+
+def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, capsys):
+    command = arguments(
+        tmp_path, "sample.sampler=ancestral", config="configs/quickstart.py:block:4"
+    )
+    message = refused(command, capsys)
+    assert "sample.sampler" in message and "block:4" in message and "'race'" in message
 
 
 def test_a_length_other_than_the_prepared_datas_is_refused(arguments, data, tmp_path, capsys):
     """A folder of prepared data named as data.directory is used as it is, or not at all."""
-    (folder,) = (path for path in data.iterdir() if json_of(path)["vocab_size"] == 400)
+    sizes = {
+        path: (json_of(path)["vocab_size"], json_of(path)["length"]) for path in data.iterdir()
+    }
+    (folder,) = (path for path, size in sizes.items() if size == (400, 16))
     changes = (f"data.directory={folder}", "data.length=32")
     message = refused(arguments(tmp_path, *changes), capsys)
     assert "32" in message and "16" in message and "length" in message

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.objectives.corruption import Corruption, corrupt_at, corrupt_groups, corrupt_race
+from lomdm_jax.objectives.corruption import corrupt_at, corrupt_groups, corrupt_race
 from lomdm_jax.orders.race import log_shares as log_shares_of
 from lomdm_jax.orders.race import next_log_shares
 from lomdm_jax.orders.schedule import Schedule, Weights
@@ -126,8 +126,8 @@ def continuous(
     """
     log_t_B, weight_B, at_end_B = _times(batch.uniform_B, eps, reconstruction_share)
     corruption = corrupt_at(batch.keys_B, forward, log_t_B, batch.targets_BL, samples)
-    nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, corruption, log_t_B, mask_id)
     mask_KBL = corruption.mask_KBL
+    nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, mask_KBL, log_t_B, mask_id)
     log_rates = [
         jnp.broadcast_to(schedule.log_velocity(log_t_B), nll_KBL.shape)
         for schedule in (forward, backward)
@@ -172,8 +172,8 @@ def time_free(
     masked_B = jnp.minimum(jnp.floor(batch.uniform_B * count_B) + 1, count_B).astype(jnp.int32)
     weights = forward.weights()
     corruption = corrupt_race(batch.keys_B, weights, masked_B, batch.targets_BL, samples)
-    nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, corruption, None, mask_id)
     mask_KBL = corruption.mask_KBL
+    nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, mask_KBL, None, mask_id)
     both = [
         Weights(*(jnp.broadcast_to(a, mask_KBL.shape) for a in w))
         for w in (weights, backward.weights())
@@ -212,10 +212,7 @@ def all_groups(
     mask_KBL, weight_KBL = corrupt_groups(
         batch.keys_B, group_BL, batch.uniform_B, batch.targets_BL, samples
     )
-    z_KBL = jnp.where(mask_KBL, mask_id, batch.tokens_BL)
-    logits_KBLV, _ = reverse(z_KBL, None, batch.tokens_BL)
-    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, z_KBL.shape)
-    nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
+    nll_KBL, confidence_KBL, _ = _evaluate(batch, reverse, mask_KBL, None, mask_id, batch.tokens_BL)
     main = jnp.sum(weight_KBL * nll_KBL, axis=-1, where=mask_KBL)
     nothing = jnp.zeros_like(main)
     equal = jnp.ones_like(nll_KBL)
@@ -234,13 +231,14 @@ def _times(uniform_B: jax.Array, eps: float, share: float) -> tuple[jax.Array, .
 def _evaluate(
     batch: Batch,
     reverse: Reverse,
-    corruption: Corruption,
+    mask_KBL: jax.Array,
     log_t_B: jax.Array | None,
     mask_id: int,
+    context_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Schedule]:
     """Cross-entropy and confidence [K, B, L], and the reverse schedule, at the drawn states."""
-    z_KBL = jnp.where(corruption.mask_KBL, mask_id, batch.tokens_BL)
-    logits_KBLV, backward = reverse(z_KBL, log_t_B)
+    z_KBL = jnp.where(mask_KBL, mask_id, batch.tokens_BL)
+    logits_KBLV, backward = reverse(z_KBL, log_t_B, context_BL)
     tokens_KBL = jnp.broadcast_to(batch.tokens_BL, z_KBL.shape)
     nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
     return nll_KBL, confidence_KBL, backward

@@ -45,8 +45,13 @@ def next_log_shares(weights: Weights, masked: jax.Array) -> tuple[jax.Array, jax
       float32 [..., L], -inf for positions that cannot come next (0 everywhere if nothing is
       masked), and float32 [...], the log-sum over those that can.
     """
+    return log_shares(weights.log_w, can_come_next(weights, masked))
+
+
+def can_come_next(weights: Weights, masked: jax.Array) -> jax.Array:
+    """The masked positions of the lowest group that is left, bool [..., L]."""
     lowest = jnp.min(jnp.where(masked, weights.group, jnp.iinfo(jnp.int32).max), -1, keepdims=True)
-    return log_shares(weights.log_w, masked & (weights.group == lowest))
+    return masked & (weights.group == lowest)
 
 
 def log_shares(log_rate: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -93,11 +98,16 @@ def _sums_to_the_end_of_the_group(log_w: jax.Array, group: jax.Array) -> jax.Arr
         total = jnp.where(sooner[1], sooner[0], jnp.logaddexp(later[0], sooner[0]))
         return total, later[1] | sooner[1]
 
-    last = jnp.concatenate(
+    ends = _last_of_group(group)
+    axis = log_w.ndim - 1
+    return jax.lax.associative_scan(join, (log_w, ends), reverse=True, axis=axis)[0]
+
+
+def _last_of_group(group: jax.Array) -> jax.Array:
+    """Where a run of equal numbers ends along the last axis, bool [..., L]."""
+    return jnp.concatenate(
         [group[..., 1:] != group[..., :-1], jnp.ones_like(group[..., :1], bool)], axis=-1
     )
-    axis = log_w.ndim - 1
-    return jax.lax.associative_scan(join, (log_w, last), reverse=True, axis=axis)[0]
 
 
 def group_places(
@@ -117,13 +127,12 @@ def group_places(
     rank = race_ranks(key, weights, targets_BL)
     order, here = invert(rank), jnp.arange(rank.shape[-1])
     group = jnp.take_along_axis(jnp.where(targets_BL, group_BL, -1), order, axis=-1)
-    edge = group[..., 1:] != group[..., :-1]
-    always = jnp.ones_like(edge[..., :1])
-    axis = rank.ndim - 1
-    first = jnp.where(jnp.concatenate([always, edge], -1), here, 0)
-    last = jnp.where(jnp.concatenate([edge, always], -1), here, here[-1])
-    first = jax.lax.cummax(first, axis=axis)
-    last = jax.lax.cummin(last, axis=axis, reverse=True)
+    ends, axis = _last_of_group(group), rank.ndim - 1
+    starts = jnp.roll(
+        ends, 1, axis=-1
+    )  # the last place always ends a group, so the first starts one
+    first = jax.lax.cummax(jnp.where(starts, here, 0), axis=axis)
+    last = jax.lax.cummin(jnp.where(ends, here, here[-1]), axis=axis, reverse=True)
     place, size = (jnp.take_along_axis(a, rank, -1) for a in (here - first, last - first + 1))
     return place, size
 

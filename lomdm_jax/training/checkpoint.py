@@ -147,7 +147,10 @@ _SAME_MODEL = (
     *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
     *("model.cond_dim", "model.time_conditioning"),
 )
-_SAME_RUN = ("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed")
+_SAME_RUN = (
+    *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
+    *("data.source", "data.length", "data.valid_share"),
+)
 
 
 def facts(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:

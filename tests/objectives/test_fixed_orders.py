@@ -159,6 +159,14 @@ def test_the_race_samples_every_order_exactly(name):
     assert p_value(name, draw(name, Race(1, LENGTH))) > 1e-3
 
 
+def test_the_race_completes_a_group_before_the_next():
+    """Three at a time on blocks of two: a block per call; on single positions: one by one."""
+    blocks = draw("block:2", Race(3, LENGTH), 50)
+    assert int(blocks.calls) == 2 and (blocks.revealed_BL == jnp.array([1, 1, 2, 2])).all()
+    assert (draw("r2l", Race(3, LENGTH), 50).revealed_BL == jnp.array([4, 3, 2, 1])).all()
+    assert int(draw("mdm", Race(3, LENGTH), 50).calls) == 2
+
+
 @pytest.mark.parametrize("even", [True, False])
 def test_ancestral_steps_follow_the_windows(even):
     """With a step per position a fixed order is followed to the letter, so sampling is exact."""
