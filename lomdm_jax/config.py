@@ -15,11 +15,12 @@ GRIDS = ("even", "linear")
 # By section; `validate` says what each leaf may be.
 _DEFAULTS = {
     "data": {
-        "source": "stdlib",  # docstrings of the running Python: nothing to download
+        "source": "stdlib",  # docstrings of the running Python; or a .txt or .jsonl file (.gz, .xz)
+        "valid_source": "",  # a file to validate on; none holds out valid_share of the source
         "tokenizer": "sentencepiece-bpe",  # trained in 0.2 s, unigram in 5 s
         "vocab_size": 1024,  # pieces, the mask token not counted
         "length": 128,  # tokens per sequence, as MDLM's LM1B
-        "valid_share": 0.05,  # share of documents held out, chosen by content hash
+        "valid_share": 0.05,  # share of documents held out, by content hash; see valid_source
         "directory": "runs/data",  # one sub-folder per combination of the settings above
     },
     "model": {

@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from lomdm_jax.data.sources import corpus_version, read_documents, split_documents
+from lomdm_jax.data.sources import (
+    check_source,
+    corpus_version,
+    read_documents,
+    source_name,
+    split_documents,
+)
 from lomdm_jax.data.tokenizers import SentencePieceTokenizer, train_tokenizer
 from lomdm_jax.errors import UserError
 
@@ -72,15 +78,15 @@ def prepare(data: Any) -> Prepared:
     """Opens the prepared corpus these settings ask for, making it first where there is none.
 
     A directory that itself holds a manifest.json is opened as it is. Otherwise the corpus lives in
-    `<directory>/<source>-<fingerprint of the settings>`: the same settings find their folder again
+    `<directory>/<source's name>-<fingerprint of the settings>`: the same settings find their folder again
     and other settings get another one. Each document is followed by eos, the documents of a split
     are joined and cut in blocks of `length`, and the last partial block is dropped. A folder
     appears under its name only when complete; an interrupted run leaves at most a
     `<name>.partial-*` folder beside it, which is never read.
 
     Args:
-        data: an object with the attributes source, tokenizer, vocab_size, length, valid_share and
-            directory.
+        data: an object with the attributes source, valid_source, tokenizer, vocab_size, length,
+            valid_share and directory.
 
     Raises:
         UserError: bad settings, or a folder that is damaged or does not match them.
@@ -91,18 +97,30 @@ def prepare(data: Any) -> Prepared:
         prepared.require(length=data.length, vocab_size=data.vocab_size)
         return prepared
     settings = _settings(data)
-    folder = directory / f"{data.source}-{_fingerprint(settings)}"
+    folder = directory / f"{settings['source']}-{_fingerprint(settings)}"
     if not folder.exists():
-        _make(folder, settings)
+        _make(folder, settings, data)
     return open_prepared(folder)
 
 
 def _settings(data: Any) -> dict[str, Any]:
-    names = ("source", "tokenizer", "vocab_size", "length", "valid_share")
+    """What the content of a folder depends on. Files count by content, wherever they lie."""
+    names = ("tokenizer", "vocab_size", "length")
     settings = {name: getattr(data, name) for name in names}
     if settings["length"] < 1:
         raise UserError(f"data.length is {settings['length']}; a block needs at least one token.")
-    return {**settings, "corpus_version": corpus_version(data.source)}
+    check_source("data.source", data.source)
+    settings |= {"source": source_name(data.source), "corpus_version": corpus_version(data.source)}
+    if not data.valid_source:
+        return settings | {"valid_share": data.valid_share}
+    check_source("data.valid_source", data.valid_source)
+    version = corpus_version(data.valid_source)
+    if version == settings["corpus_version"]:
+        raise UserError(
+            f"data.valid_source is {data.valid_source!r}, which holds the very text of data.source "
+            f"= {data.source!r}: give held-out text, or none to hold out data.valid_share of it."
+        )
+    return settings | {"valid_source": source_name(data.valid_source), "valid_version": version}
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
@@ -110,12 +128,12 @@ def _fingerprint(settings: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]  # 48 bits: enough to tell folders apart
 
 
-def _make(folder: Path, settings: dict[str, Any]) -> None:
+def _make(folder: Path, settings: dict[str, Any], data: Any) -> None:
     """Writes a folder under a passing name and renames it: whole or not there at all."""
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
     partial.mkdir(parents=True)
     try:
-        _write(partial, settings)
+        _write(partial, settings, data)
         _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -129,8 +147,16 @@ def _publish(partial: Path, folder: Path) -> None:
             raise
 
 
-def _write(folder: Path, settings: dict[str, Any]) -> None:
-    train, valid = split_documents(read_documents(settings["source"]), settings["valid_share"])
+def _read(data: Any) -> tuple[list[str], list[str]]:
+    """The documents to train and to validate on."""
+    documents = read_documents(data.source)
+    if data.valid_source:
+        return documents, read_documents(data.valid_source)
+    return split_documents(documents, data.valid_share)
+
+
+def _write(folder: Path, settings: dict[str, Any], data: Any) -> None:
+    train, valid = _read(data)
     _say(f"{settings['source']}: {len(train):,} training and {len(valid):,} validation documents")
     tokenizer = train_tokenizer(settings["tokenizer"], train, settings["vocab_size"])
     tokenizer.save(folder / TOKENIZER_FILE)

@@ -1,13 +1,19 @@
 """Where documents come from, and how they part into training and validation."""
 
 import ast
+import gzip
 import hashlib
+import itertools
+import json
+import lzma
 import os
 import platform
 import sysconfig
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO, cast
 
 from lomdm_jax.errors import UserError
 
@@ -79,20 +85,94 @@ def _is_unicode_text(text: str) -> bool:
 SOURCES: dict[str, Callable[[], list[str]]] = {"stdlib": stdlib_docstrings}
 
 
+_OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}  # by the last suffix
+
+
 def read_documents(source: str) -> list[str]:
-    """Returns the documents of the named source (a key of SOURCES).
+    """Returns the documents of a source, in order, without empty ones.
+
+    Args:
+        source: a key of SOURCES, or the path of a file: .txt, whose documents are separated by
+            blank lines, or .jsonl, with a document in the field `text` of each line; UTF-8, also
+            compressed as .gz or .xz.
 
     Raises:
-        UserError: no source has this name.
+        UserError: no source has this name, or the file cannot be read as what it claims to be.
     """
-    if source not in SOURCES:
-        raise UserError(f"data.source is {source!r}; known sources: {', '.join(sorted(SOURCES))}.")
-    return SOURCES[source]()
+    check_source("data.source", source)
+    if source in SOURCES:
+        return SOURCES[source]()
+    try:
+        with _open(Path(source)) as file:
+            documents = (
+                _json_lines(source, file) if _kind(source) == ".jsonl" else _paragraphs(file)
+            )
+            found = [text for text in documents if text.strip()]
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{source} cannot be read: {error}. It must be UTF-8 text, whole and compressed as its "
+            "name says."
+        ) from error
+    if not found:
+        raise UserError(f"{source} holds no documents; give a file with text in it.")
+    return found
+
+
+def check_source(key: str, source: str) -> None:
+    """Raises the UserError of a `source` that is no name and no file of a known form."""
+    if source in SOURCES:
+        return
+    if not Path(source).is_file() or _kind(source) not in (".txt", ".jsonl"):
+        raise UserError(
+            f"{key} is {source!r}; give a known source ({', '.join(sorted(SOURCES))}) or the path "
+            "of a .txt or .jsonl file, which may be compressed as .gz or .xz."
+        )
+
+
+def _kind(source: str) -> str:
+    """The suffix of a file's name, without that of its compression."""
+    suffixes = [suffix for suffix in Path(source).suffixes if suffix not in _OPENERS]
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(path: Path) -> TextIO:
+    opener = _OPENERS.get(path.suffix, open)
+    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+
+
+def _paragraphs(file: TextIO) -> Iterator[str]:
+    for is_blank, lines in itertools.groupby(file, key=lambda line: not line.strip()):
+        if not is_blank:
+            yield "".join(lines).rstrip("\n")
+
+
+def _json_lines(source: str, file: TextIO) -> Iterator[str]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            if not isinstance(text, str) or not _is_unicode_text(text):
+                raise ValueError("no text")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f'Line {number} of {source} must be a JSON object such as {{"text": "..."}}, but it '
+                f"is {line[:60]!r}."
+            ) from None
+        yield text
+
+
+def source_name(source: str) -> str:
+    """Returns the name of a source, or of its file without folder and suffixes."""
+    return source if source in SOURCES else Path(source).name.split(".")[0]
 
 
 def corpus_version(source: str) -> str:
-    """Returns what a source's documents depend on beyond its name; "" where nothing does."""
-    return f"python {platform.python_version()}" if source == "stdlib" else ""
+    """Returns what a source's documents depend on beyond its name: for a file, its content."""
+    if source in SOURCES:
+        return f"python {platform.python_version()}" if source == "stdlib" else ""
+    with open(source, "rb") as file:
+        return f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def split_documents(documents: Sequence[str], valid_share: float) -> tuple[list[str], list[str]]:

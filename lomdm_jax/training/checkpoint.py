@@ -149,7 +149,7 @@ _SAME_MODEL = (
 )
 _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
-    *("data.source", "data.length", "data.valid_share"),
+    *("data.source", "data.valid_source", "data.length", "data.valid_share"),
 )
 
 

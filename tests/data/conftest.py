@@ -41,6 +41,7 @@ def prepared(tiny_source, tmp_path_factory):
 def tiny_settings(directory):
     return SimpleNamespace(
         source="tiny",
+        valid_source="",
         tokenizer="sentencepiece-bpe",
         vocab_size=512,
         length=16,

@@ -130,8 +130,8 @@ def test_a_failed_run_clears_up(settings):
 def test_two_at_once_share_the_first_folder_made(settings, monkeypatch):
     write = prepare_module._write
 
-    def write_while_another_finishes(folder, asked):
-        write(folder, asked)
+    def write_while_another_finishes(folder, *asked):
+        write(folder, *asked)
         monkeypatch.setattr(prepare_module, "_write", write)
         prepare(settings)
 
@@ -184,3 +184,26 @@ def test_bad_settings_are_refused(settings, prepared):
         prepare(settings)
     with pytest.raises(UserError, match="no split 'test'; its splits: train, valid"):
         prepared.split_path("test")
+
+
+def test_a_file_counts_by_its_content_and_validates_on_another(settings, documents, tmp_path):
+    def write(name, texts):
+        path = tmp_path / name
+        path.write_text("\n\n".join(texts))
+        return str(path)
+
+    flat = [" ".join(text.split()) for text in documents]
+    settings.source = write("mine.txt", flat[20:])
+    settings.valid_source = write("held.txt", flat[:20])
+    first = prepare(settings)
+    assert first.folder.name.startswith("mine-")
+    assert first.manifest["splits"]["valid"]["documents"] == 20
+    assert first.manifest["splits"]["train"]["documents"] == len(flat) - 20
+    (tmp_path / "moved").mkdir()
+    settings.source = write("moved/mine.txt", flat[20:])
+    assert prepare(settings).folder == first.folder
+    settings.source = write("mine.txt", flat[19:])
+    assert prepare(settings).folder != first.folder
+    settings.valid_source = settings.source
+    with pytest.raises(UserError, match=r"data.valid_source .* holds the very text"):
+        prepare(settings)

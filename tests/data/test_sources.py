@@ -1,6 +1,9 @@
 """Documents: where they come from and which side each falls on."""
 
+import gzip
 import hashlib
+import json
+import lzma
 
 import pytest
 
@@ -40,8 +43,40 @@ def test_a_library_without_sources_is_refused(tmp_path, monkeypatch):
 
 
 def test_an_unknown_source_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"data.source is 'wiki'; known sources: stdlib"):
+    with pytest.raises(UserError, match=r"data.source is 'wiki'; give a known source \(stdlib"):
         sources.read_documents("wiki")
+
+
+TEXTS = ["first\nline", "second é"]
+JSON_LINES = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in TEXTS)
+OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}
+
+
+@pytest.mark.parametrize("compression", OPENERS)
+@pytest.mark.parametrize(
+    ("kind", "content"), [(".txt", "\n\n".join([*TEXTS, ""])), (".jsonl", JSON_LINES)]
+)
+def test_files_of_every_form_hold_their_documents(tmp_path, kind, content, compression):
+    path = tmp_path / f"my.novels{kind}{compression}"
+    with OPENERS[compression](path, "wt", encoding="utf-8") as file:
+        file.write(content)
+    assert sources.read_documents(str(path)) == TEXTS
+    assert sources.source_name(str(path)) == "my"
+
+
+def test_bad_files_are_refused_by_name(tmp_path):
+    def refuses(name, content, message):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            sources.read_documents(str(tmp_path / name))
+
+    refuses("a.csv", b"x", r"a.csv'; give a known source .* \.txt or \.jsonl")
+    refuses("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', r'Line 2 of .*a.jsonl must be .*"text"')
+    refuses("b.jsonl", b"plain\n", r"Line 1 of .*b.jsonl must be .* 'plain")
+    refuses("a.txt", b"\xff\xfe", r"a.txt cannot be read: .* UTF-8")
+    refuses("b.txt", b"\n \n", r"b.txt holds no documents")
+    refuses("a.txt.xz", lzma.compress(b"words " * 9999)[:-20], r"a.txt.xz cannot be read: .* whole")
+    refuses("a.txt.gz", b"no archive", r"a.txt.gz cannot be read: ")
 
 
 def test_split_is_disjoint_complete_and_about_the_asked_share(library):
