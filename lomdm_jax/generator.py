@@ -11,7 +11,7 @@ from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives.nelbo import Reverse
 from lomdm_jax.orders import Order, make_order
-from lomdm_jax.orders.schedule import Schedule
+from lomdm_jax.orders.schedule import Schedule, Walk
 
 # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - 1e-3) t), finite at t = 1.
 SIGMA_EPS = 1e-3
@@ -33,7 +33,8 @@ class Generator(NamedTuple):
 
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
-        return self.order.schedule(nnx.merge(self.graphdef, params).forward_scores(x_BL))
+        module = nnx.merge(self.graphdef, params)
+        return self._schedule(module, module.forward_scores(x_BL))
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
@@ -46,16 +47,23 @@ class Generator(NamedTuple):
             context_NL = None if context_BL is None else jnp.repeat(context_BL, count, axis=0)
             # Rows of one example stay neighbours, so that a batch split over devices stays split.
             z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])
-            logits_NLV, scores_NL = nnx.merge(self.graphdef, params).denoise(
+            module = nnx.merge(self.graphdef, params)
+            logits_NLV, scores_NL = module.denoise(
                 z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count), context_NL
             )
             logits, scores = (
                 jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1)
                 for a in (logits_NLV, scores_NL)
             )
-            return logits, self.order.schedule(scores)
+            return logits, self._schedule(module, scores)
 
         return call
+
+    def _schedule(self, module: Denoiser, scores: jax.Array) -> Schedule:
+        schedule = self.order.schedule(scores)
+        if not self.order.walks:
+            return schedule
+        return Walk(schedule.weights().log_w, jax.lax.stop_gradient(module.walk_head.table[...]))
 
     def _sigma(self, log_t_B: jax.Array | None, count: int) -> jax.Array | None:
         if not self.time_conditioning or log_t_B is None:
@@ -93,7 +101,14 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
     )
     order = make_order(**config.order)
     groups = tuple(order.groups(config.data.length).tolist()) if order.groups else None
-    return Denoiser(sizes, mask_id=mask_id, scores=order.scores, groups=groups, rngs=rngs)
+    return Denoiser(
+        sizes,
+        mask_id=mask_id,
+        scores=order.scores,
+        walks=order.walks,
+        groups=groups,
+        rngs=rngs,
+    )
 
 
 def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:

@@ -49,7 +49,7 @@ class TableModel(NamedTuple):
         return self.schedule(params["forward"][self.code(x_BL)])
 
     def schedule(self, scores):
-        return self.order.schedule(scores) if self.order else Power(jnp.exp(scores))
+        return self.order.schedule(scores) if self.order else Power(scores)
 
     def reverse(self, params, dropout_keys_B=None):
         def call(z_KBL, log_t_B, context_BL=None):
@@ -90,10 +90,10 @@ def states_of(generator: Any, params: Any, x: np.ndarray) -> States:
     mask = masks(len(x))
     z = jnp.where(mask, generator.mask_id, x)
     logits, reverse = generator.reverse(params)(z[None], None)
-    reverse = jax.tree.map(lambda a: a[0], reverse)
+    reverse = jax.tree.map(lambda a: a[0], reverse.at(jnp.asarray(mask)[None]))
     logp = jax.nn.log_softmax(remove_mask(logits[0], generator.mask_id))
     nll = -jnp.take_along_axis(logp, jnp.broadcast_to(x, z.shape)[..., None], -1)[..., 0]
-    forward = generator.forward(params, jnp.broadcast_to(x, z.shape))
+    forward = generator.forward(params, jnp.broadcast_to(x, z.shape)).at(jnp.asarray(mask))
     share, total = next_shares(forward.weights(), mask)
     reverse_share, reverse_total = next_shares(reverse.weights(), mask)
     log_ratio = jnp.log(total / reverse_total)
@@ -122,7 +122,8 @@ def log_p(generator: Any, params: Any, x: np.ndarray) -> jax.Array:
 def state_rates(states: States) -> Terms:
     """main, order and clock of every subset per unit of log-time, [S], for power schedules;
     reconstruction is the cross-entropy of revealing all that is masked at once."""
-    mask, e, reverse = states.mask, states.forward.exponents, states.reverse.exponents
+    mask = states.mask
+    e, reverse = (jnp.exp(s.log_exponents) for s in (states.forward, states.reverse))
     ratio = log_excess(states, mask)
     return Terms(
         main=jnp.sum(jnp.where(mask, e * states.nll, 0), -1),
@@ -139,14 +140,19 @@ def log_excess(states: States, where: np.ndarray | jax.Array) -> jax.Array:
     return jnp.log(ours) - jnp.log(theirs)
 
 
-def closed_form(states: States) -> Terms:
-    """The untruncated terms: each subset is visited with the probability of the race."""
+def visits_of(states: States) -> jax.Array:
+    """The probability that the race passes each subset, [S]; 0 for the empty one, the end."""
     visit = [jnp.zeros(())] * len(states.mask)
     visit[-1] = jnp.ones(())
     for subset in range(len(states.mask) - 1, 0, -1):
         for i in np.flatnonzero(states.mask[subset]):
             visit[subset - 2**i] += visit[subset] * states.share[subset, i]
-    visit = jnp.stack([jnp.zeros(()), *visit[1:]])
+    return jnp.stack([jnp.zeros(()), *visit[1:]])
+
+
+def closed_form(states: States) -> Terms:
+    """The untruncated terms."""
+    visit = visits_of(states)
     excess = log_excess(states, states.share > 0)
     return Terms(
         main=visit @ jnp.sum(states.share * states.nll, -1),
@@ -158,7 +164,7 @@ def closed_form(states: States) -> Terms:
 
 def mask_probability(states: States, log_time: jax.Array) -> jax.Array:
     """q(subset masked | x) at -log t = log_time, [..., S]."""
-    kept = jnp.exp(-states.forward.exponents[0] * log_time[..., None])[..., None, :]
+    kept = jnp.exp(-jnp.exp(states.forward.log_exponents[0]) * log_time[..., None])[..., None, :]
     return jnp.prod(jnp.where(states.mask, kept, 1 - kept), -1)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lomdm_jax.models.order_head import OrderHead, TokenHead
+from lomdm_jax.models.order_head import OrderHead, TokenHead, WalkHead
 from lomdm_jax.models.transformer import Sizes, Transformer
 from lomdm_jax.models.visibility import View, causal, doubled, full
 
@@ -22,6 +22,7 @@ class Denoiser(nnx.Module):
       mask_id: id of the mask token.
       scores: what the order is learned from: "position" for a score per position from the two
         heads, "token" for one per vocabulary entry, "none" for a fixed order.
+      walks: whether it holds a table over the neighbours.
       groups: the group of each position if the order is fixed, 0 first, and attention is to
         follow it; None for bidirectional attention. One position per group is a causal model with
         a shift, more are BD3-LM's doubled sequence; see `visibility`.
@@ -33,11 +34,14 @@ class Denoiser(nnx.Module):
         *,
         mask_id: int,
         scores: str,
+        walks: bool = False,
         groups: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         self.backbone = Transformer(sizes, rngs=rngs)
         self.mask_id, self.scores, self.groups = mask_id, scores, groups
+        if walks:
+            self.walk_head = WalkHead()
         if scores == "token":
             self.token_head = TokenHead(sizes.vocab_size)
         if scores == "position":

@@ -30,6 +30,16 @@ class OrderHead(nnx.Module):
         return self.mlp["2"](h_BLD)[..., 0].astype(jnp.float32)
 
 
+class WalkHead(nnx.Module):
+    """What revealed neighbours add to a log-weight, float32 [2 (left), 2 (right)]; none at first.
+
+    Both heads of an order share it, so by itself it costs nothing in the order term.
+    """
+
+    def __init__(self):
+        self.table = nnx.Param(jnp.zeros((2, 2), jnp.float32))
+
+
 class TokenHead(nnx.Module):
     """One log-rate per vocabulary entry (GenMD4, google-deepmind/md4), all equal at the start."""
 

@@ -30,12 +30,15 @@ def make_objective(
     samples: int,
     eps: float,
     reconstruction_share: float,
+    temperature: float = 1.0,
+    uniform_share: float = 0.0,
     in_groups: bool = False,
 ) -> Objective:
     """The objective called `name`.
 
     "continuous" is the paper's bound with its reconstruction term; "order" is the time-free
-    bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only.
+    bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only,
+    `temperature` and `uniform_share` to the second; see `nelbo`.
     `in_groups` says that the model's attention follows an order with groups; the second then
     scores all groups in one pass.
 
@@ -52,8 +55,15 @@ def make_objective(
         )
         return Objective(estimate, ("main", "order", "clock", "reconstruction"))
     if name == "order":
-        time_free = nelbo.all_groups if in_groups else nelbo.time_free
-        estimate = functools.partial(time_free, mask_id=mask_id, samples=samples)
+        estimate = functools.partial(
+            nelbo.time_free,
+            mask_id=mask_id,
+            samples=samples,
+            temperature=temperature,
+            uniform_share=uniform_share,
+        )
+        if in_groups:
+            estimate = functools.partial(nelbo.all_groups, mask_id=mask_id, samples=samples)
         return Objective(estimate, ("main", "order"))
     raise UserError(f"The objective {name!r} is not known: use one of {', '.join(NAMES)}.")
 

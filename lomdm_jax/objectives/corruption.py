@@ -56,7 +56,7 @@ def corrupt_race(
 
     log_q is the log-probability of the ordered reveals before them.
     """
-    draw = jax.vmap(race.race_ranks)
+    draw = jax.vmap(race.race_ranks, in_axes=(0, Weights(0, 0, None), 0))
     keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys_B)
     rank_KBL = jax.vmap(draw, in_axes=(0, None, None))(keys_KB, weights, targets_BL)
     mask_KBL = rank_KBL >= (targets_BL.shape[-1] - masked_B)[:, None]

@@ -152,6 +152,8 @@ def time_free(
     *,
     mask_id: int,
     samples: int,
+    temperature: float = 1.0,
+    uniform_share: float = 0.0,
 ) -> Estimate:
     """The time-free estimate: a race instead of a clock.
 
@@ -167,21 +169,28 @@ def time_free(
       reverse: the model, called without a time; see `Reverse`.
       mask_id: id of the mask token.
       samples: K, orders drawn for each row, which share its number of masked positions.
+      temperature: of both orders; log-weights are divided by it. The bound is that of the
+        flattened orders.
+      uniform_share: in the gradient of the network, how much of the weights w of the
+        cross-entropies is replaced by equal weights over the masked positions. No value changes,
+        nor any other gradient: the best prediction at a position does not depend on its weight,
+        but under a sharp order a pass would teach few positions.
     """
     count_B = jnp.sum(batch.targets_BL, axis=-1)
     masked_B = jnp.minimum(jnp.floor(batch.uniform_B * count_B) + 1, count_B).astype(jnp.int32)
-    weights = forward.weights()
+    weights = forward.weights().flattened(temperature)
     corruption = corrupt_race(batch.keys_B, weights, masked_B, batch.targets_BL, samples)
     mask_KBL = corruption.mask_KBL
     nll_KBL, confidence_KBL, backward = _evaluate(batch, reverse, mask_KBL, None, mask_id)
     both = [
-        Weights(*(jnp.broadcast_to(a, mask_KBL.shape) for a in w))
-        for w in (weights, backward.weights())
+        Weights(*(jnp.broadcast_to(a, mask_KBL.shape) for a in w.at(mask_KBL)[:2]))
+        for w in (weights, backward.weights().flattened(temperature))
     ]
     log_shares, log_sums = zip(*(next_log_shares(w, mask_KBL) for w in both), strict=True)
     active_KBL = mask_KBL & ~jnp.isneginf(log_shares[0])
-    reveal = _per_reveal(nll_KBL, active_KBL, log_shares, log_sums)
-    main, order, clock = (count_B * term_KB for term_KB in reveal)
+    main, order, clock = _per_reveal(nll_KBL, active_KBL, log_shares, log_sums)
+    main += _towards_equal_weights(nll_KBL, mask_KBL, log_shares[0], uniform_share)
+    main, order, clock = (count_B * term_KB for term_KB in (main, order, clock))
     terms = Terms(main, order, clock, jnp.zeros_like(main))
     rates = [jnp.exp(w.log_w) for w in both]
     return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
@@ -261,3 +270,13 @@ def _per_reveal(
     main_KB = jnp.sum(shares_KBL * nll_KBL, axis=-1, where=active_KBL)
     order_KB = jnp.sum(shares_KBL * excess_KBL, axis=-1, where=active_KBL)
     return main_KB, order_KB, jnp.expm1(-log_ratio_KB) + log_ratio_KB
+
+
+def _towards_equal_weights(
+    nll_KBL: jax.Array, mask_KBL: jax.Array, log_shares_KBL: jax.Array, share: float
+) -> jax.Array:
+    """Zero, with the gradient that moves `share` of the weights to equal ones, float32 [K, B]."""
+    equal_KBL = mask_KBL / jnp.maximum(jnp.sum(mask_KBL, axis=-1, keepdims=True), 1)
+    change_KBL = jnp.where(mask_KBL, equal_KBL - jnp.exp(log_shares_KBL), 0.0)
+    moved_KB = share * jnp.sum(jax.lax.stop_gradient(change_KBL) * nll_KBL, axis=-1)
+    return moved_KB - jax.lax.stop_gradient(moved_KB)

@@ -18,6 +18,7 @@ class Order(NamedTuple):
 
     scores: what the schedule is learned from: "position" (the order heads), "token" (a rate per
       vocabulary entry) or "none" for a fixed order.
+    walks: whether a table over the neighbours joins the scores; see `schedule.Walk`.
     schedule: from scores [..., L] (zeros where the order is fixed) to a schedule.
     groups: from the length to the group of each position, int [L], 0 revealed first; None for
       orders that have none. Attention can follow an order that has them.
@@ -26,6 +27,7 @@ class Order(NamedTuple):
     scores: str
     schedule: Callable[[jax.Array], Schedule]
     groups: Callable[[int], np.ndarray] | None = None
+    walks: bool = False
 
     @property
     def learned(self) -> bool:
@@ -37,7 +39,18 @@ class Order(NamedTuple):
         jax.eval_shape(self.schedule, jax.ShapeDtypeStruct((1, length), jnp.float32))
 
 
-NAMES = ("mdm", "cosine", "ar", "r2l", "block:<size>", "permutation:<seed>", "genmd4", "lomdm")
+NAMES = (
+    "mdm",
+    "cosine",
+    "ar",
+    "r2l",
+    "block:<size>",
+    "permutation:<seed>",
+    "genmd4",
+    "lomdm",
+    "walk",
+    "lomdm-order",
+)
 
 
 def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
@@ -67,6 +80,8 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
         "r2l": _in_groups(fixed.right_to_left),
         "genmd4": Order("token", learned.by_token),
         "lomdm": Order("position", functools.partial(learned.lomdm, c1=c1, c2=c2)),
+        "walk": Order("none", learned.log_weights, walks=True),
+        "lomdm-order": Order("position", learned.log_weights, walks=True),
     }
     if name not in plain:
         raise UserError(f"order.name is {name!r}, which is no order: use {', '.join(NAMES)}.")

@@ -1,5 +1,6 @@
 """Orders that are given, not learned. Where scores are taken they only give the shape, [..., L]."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -23,7 +24,7 @@ def polynomial(scores_BL: jax.Array, exponent: float) -> Power:
             f"order.exponent is {exponent}, but m(t) = t^exponent is a schedule only for a "
             "positive exponent: use 1.0 for the linear schedule."
         )
-    return Power(jnp.full(scores_BL.shape, exponent, jnp.float32))
+    return Power(jnp.full(scores_BL.shape, math.log(exponent), jnp.float32))
 
 
 def cosine(scores_BL: jax.Array) -> Cosine:

@@ -1,5 +1,7 @@
 """Orders learned together with the model: from a network's scores to exponents."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -40,9 +42,19 @@ def lomdm(scores_BL: jax.Array, c1: float, c2: float) -> Power:
         )
     if c2 == 0:  # nothing depends on the scores: the program is that of a fixed order, bit by bit
         return polynomial(scores_BL, c1)
-    return Power(c1 + c2 * norm_sig(scores_BL))
+    return Power(jnp.log(c1 + c2 * norm_sig(scores_BL)))
 
 
 def by_token(scores_BL: jax.Array) -> Power:
     """GenMD4's exponents, from log-rates [..., L] (Shi et al., arXiv 2406.04329)."""
-    return Power(jnp.exp(scores_BL))
+    return Power(scores_BL)
+
+
+def log_weights(scores_BL: jax.Array) -> Power:
+    """Scores as log-exponents, with a mean exponent of 1.
+
+    For the time-free objective, to which only ratios matter: no bound on how sharp an order may
+    be, while NormSig's ratio of 27 at most cannot express left to right.
+    """
+    length = scores_BL.shape[-1]
+    return Power(scores_BL - jax.nn.logsumexp(scores_BL, -1, keepdims=True) + math.log(length))

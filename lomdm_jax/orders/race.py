@@ -3,7 +3,8 @@
 A schedule with constant rates e_i (`schedule.Power`) reveals position i at an Exp(e_i) time, so
 the next position is i with probability e_i over the sum of what is left, at every step. The
 logarithm of an exponential time is minus a Gumbel variable, which is how the race is run here.
-Orders with groups (`schedule.Windows`) run one race per group.
+Orders with groups (`schedule.Windows`) run one race per group. Weights that follow the neighbours
+(`schedule.Walk`) change with every reveal, so there the reveals are drawn one after another.
 """
 
 import jax
@@ -23,10 +24,29 @@ def race_ranks(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.A
     Returns:
       rank of each position, int32 [..., L]: 0 is revealed first, L - 1 last.
     """
+    if weights.neighbours is not None:
+        return _walk(key, weights, targets_BL)
     # Full-precision Gumbel noise: the default float32 draw cuts the tail of the race.
     gumbel = jax.random.gumbel(key, weights.log_w.shape, weights.log_w.dtype, mode="high")
     group = jnp.where(targets_BL, weights.group, -1)
     return invert(jnp.lexsort((-weights.log_w - gumbel, group), axis=-1))
+
+
+def _walk(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
+    """`race_ranks` one reveal after another."""
+    length = targets_BL.shape[-1]
+    given_BL = ~targets_BL
+    before = jnp.sum(given_BL, axis=-1)
+
+    def reveal(rank_BL: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+        masked_BL = rank_BL == length
+        share_BL, _ = next_log_shares(weights, masked_BL)
+        next_B = jax.random.categorical(jax.random.fold_in(key, step), share_BL, mode="high")
+        chosen_BL = masked_BL & (jnp.arange(length) == next_B[..., None])
+        return jnp.where(chosen_BL, (before + step)[..., None], rank_BL), None
+
+    start_BL = jnp.where(given_BL, jnp.cumsum(given_BL, axis=-1) - 1, length)
+    return jax.lax.scan(reveal, start_BL.astype(jnp.int32), jnp.arange(length))[0]
 
 
 def invert(order: jax.Array) -> jax.Array:
@@ -45,7 +65,7 @@ def next_log_shares(weights: Weights, masked: jax.Array) -> tuple[jax.Array, jax
       float32 [..., L], -inf for positions that cannot come next (0 everywhere if nothing is
       masked), and float32 [...], the log-sum over those that can.
     """
-    return log_shares(weights.log_w, can_come_next(weights, masked))
+    return log_shares(weights.at(masked).log_w, can_come_next(weights, masked))
 
 
 def can_come_next(weights: Weights, masked: jax.Array) -> jax.Array:
@@ -79,14 +99,30 @@ def prefix_log_probability(
       targets: which positions took part, bool [..., L].
       masked: targets that are still hidden, bool [..., L].
     """
+    if weights.neighbours is not None:
+        return _walk_log_probability(weights, rank, targets, masked)
     order = invert(rank)
     log_w, group, targets, masked = (
         jnp.take_along_axis(jnp.broadcast_to(a, rank.shape), order, axis=-1)
-        for a in (*weights, targets, masked)
+        for a in (weights.log_w, weights.group, targets, masked)
     )
     # A large finite value, not -inf: the gradient of logaddexp at -inf is nan.
     left = _sums_to_the_end_of_the_group(jnp.where(targets, log_w, -1e9), group)
     return jnp.sum(jnp.where(targets & ~masked, log_w - left, 0.0), axis=-1)
+
+
+def _walk_log_probability(
+    weights: Weights, rank: jax.Array, targets: jax.Array, masked: jax.Array
+) -> jax.Array:
+    """`prefix_log_probability` one reveal after another; a step is recomputed for the gradient."""
+
+    @jax.checkpoint
+    def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+        share, _ = next_log_shares(weights, targets & (rank >= step))
+        made = targets & ~masked & (rank == step)
+        return total + jnp.sum(jnp.where(made, share, 0.0), axis=-1), None
+
+    return jax.lax.scan(add, jnp.zeros(rank.shape[:-1]), jnp.arange(rank.shape[-1]))[0]
 
 
 def _sums_to_the_end_of_the_group(log_w: jax.Array, group: jax.Array) -> jax.Array:
@@ -135,13 +171,3 @@ def group_places(
     last = jax.lax.cummin(jnp.where(ends, here, here[-1]), axis=axis, reverse=True)
     place, size = (jnp.take_along_axis(a, rank, -1) for a in (here - first, last - first + 1))
     return place, size
-
-
-def expected_ranks(log_w_BL: jax.Array) -> jax.Array:
-    """Mean reveal rank of each position, float32 [..., L]: sum over j of P(j before i).
-
-    In a race of two, j comes before i with probability w_j / (w_i + w_j); ranks are sums of such
-    events, so no sampling is needed. Costs L^2 per row. For weights without groups.
-    """
-    before = jax.nn.sigmoid(log_w_BL[..., None, :] - log_w_BL[..., :, None])
-    return jnp.sum(before, axis=-1) - 0.5  # the diagonal compares i with itself

@@ -10,6 +10,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from lomdm_jax.errors import UserError
+
 
 class Weights(NamedTuple):
     """The order of a schedule without its clock.
@@ -19,10 +21,32 @@ class Weights(NamedTuple):
 
     log_w: float32 [..., L].
     group: int32 [..., L].
+    neighbours: float32 [2, 2], added to the log-weight of a position by whether its left and its
+      right neighbour are revealed; None for weights that are the same in every state.
     """
 
     log_w: jax.Array
     group: jax.Array
+    neighbours: jax.Array | None = None
+
+    def at(self, masked: jax.Array) -> "Weights":
+        """The weights in the state where `masked`, bool [..., L], is hidden.
+
+        The edge counts as revealed on the left, where a text begins, and as masked on the right.
+        """
+        if self.neighbours is None:
+            return self
+        left = jnp.pad(~masked, [(0, 0)] * (masked.ndim - 1) + [(1, 0)], constant_values=True)
+        right = jnp.pad(~masked, [(0, 0)] * (masked.ndim - 1) + [(0, 1)])
+        bias = self.neighbours[left[..., :-1].astype(int), right[..., 1:].astype(int)]
+        return Weights(self.log_w + bias, self.group)
+
+    def flattened(self, temperature: float) -> "Weights":
+        """Every log-weight divided by the temperature: 1 for the same order, more for a flatter."""
+        if temperature == 1:
+            return self
+        near = None if self.neighbours is None else self.neighbours / temperature
+        return Weights(self.log_w / temperature, self.group, near)
 
 
 class Schedule(Protocol):
@@ -45,6 +69,10 @@ class Schedule(Protocol):
         """Which position comes next; the same at all times."""
         ...
 
+    def at(self, masked: jax.Array) -> "Schedule":
+        """The schedule in the state where `masked`, bool [..., L], is hidden."""
+        ...
+
 
 class Power(NamedTuple):
     """m_i(t) = t^e_i: masked diffusion (e = 1), polynomial (e = c) and learned exponents alike.
@@ -52,16 +80,54 @@ class Power(NamedTuple):
     With u = -log t the rates are constant, so the order is an exponential race with weights e_i.
     """
 
-    exponents: jax.Array  # [..., L] float32, > 0
+    log_exponents: jax.Array  # [..., L] float32
 
     def log_mask(self, log_t: jax.Array) -> jax.Array:
-        return self.exponents * log_t[..., None]
+        return jnp.exp(self.log_exponents) * log_t[..., None]
 
     def log_velocity(self, log_t: jax.Array) -> jax.Array:
-        return jnp.log(self.exponents) - log_t[..., None]
+        return self.log_exponents - log_t[..., None]
 
     def weights(self) -> Weights:
-        return Weights(jnp.log(self.exponents), jnp.zeros(self.exponents.shape, jnp.int32))
+        return Weights(self.log_exponents, jnp.zeros(self.log_exponents.shape, jnp.int32))
+
+    def at(self, masked: jax.Array) -> "Power":
+        return self
+
+
+class Walk(NamedTuple):
+    """Rates that follow what is revealed already: a race that walks through the text.
+
+    In log-time u = -log t a masked position is revealed at the rate of `Weights.at`, which jumps
+    whenever a neighbour is revealed. So there is no m_i(t) of one position alone, and the orders
+    are drawn one reveal after another; in a given state it is a `Power`.
+
+    log_exponents: float32 [..., L], of a position with masked neighbours.
+    neighbours: float32 [2, 2]; see `Weights`.
+    """
+
+    log_exponents: jax.Array
+    neighbours: jax.Array
+
+    def log_mask(self, log_t: jax.Array) -> jax.Array:
+        raise _no_time()
+
+    def log_velocity(self, log_t: jax.Array) -> jax.Array:
+        raise _no_time()
+
+    def weights(self) -> Weights:
+        group = jnp.zeros(self.log_exponents.shape, jnp.int32)
+        return Weights(self.log_exponents, group, self.neighbours)
+
+    def at(self, masked: jax.Array) -> Power:
+        return Power(self.weights().at(masked).log_w)
+
+
+def _no_time() -> UserError:
+    return UserError(
+        "An order that follows its neighbours has rates that depend on the state, so no position "
+        'has a mask probability of its own: use the time-free objective, "order".'
+    )
 
 
 class Cosine(NamedTuple):
@@ -81,6 +147,9 @@ class Cosine(NamedTuple):
 
     def weights(self) -> Weights:
         return Weights(self.zeros, jnp.zeros(self.zeros.shape, jnp.int32))
+
+    def at(self, masked: jax.Array) -> "Cosine":
+        return self
 
 
 class Windows(NamedTuple):
@@ -111,6 +180,9 @@ class Windows(NamedTuple):
 
     def weights(self) -> Weights:
         return Weights(jnp.zeros(self.group.shape, jnp.float32), self.group)
+
+    def at(self, masked: jax.Array) -> "Windows":
+        return self
 
 
 def unmask_probability(schedule: Schedule, log_t: jax.Array, log_s: jax.Array) -> jax.Array:

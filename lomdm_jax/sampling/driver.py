@@ -93,7 +93,7 @@ def generate(
         )
         logits_KBLV, schedule = reverse(carry.tokens_BL[None], carry.log_t_B)
         masked_BL = carry.tokens_BL == mask_id
-        schedule = jax.tree.map(lambda a: a[0], schedule)
+        schedule = jax.tree.map(lambda a: a[0], schedule.at(masked_BL[None]))
         now = Now(call_keys_B2[:, 0], schedule, masked_BL, carry.call, carry.log_t_B)
         chosen_BL, log_t_B = chooser(now)
         reveal_BL = chosen_BL & masked_BL

@@ -122,14 +122,18 @@ def tiny_network(name):
 
     def make():
         sizes = Sizes(3, width=8, layers=1, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
-        return Denoiser(sizes, mask_id=2, scores=order.scores, rngs=nnx.Rngs(0))
+        rngs = nnx.Rngs(0)
+        return Denoiser(sizes, mask_id=2, scores=order.scores, walks=order.walks, rngs=rngs)
 
     graphdef, params = nnx.split(make(), nnx.Param)
     params = nnx.to_pure_dict(params)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     leaves = [a + 0.5 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return Generator(graphdef, order, mask_id=2), jax.tree.unflatten(tree, leaves)
+    params = jax.tree.unflatten(tree, leaves)
+    if order.walks:
+        params["walk_head"]["table"] = jnp.array([[0.0, -1.0], [3.0, 1.5]])
+    return Generator(graphdef, order, mask_id=2), params
 
 
 def exact_loss(generator, params, x, name):
@@ -173,13 +177,22 @@ def genmd4_bound(generator, params, x):
     return float(visits @ jnp.sum(jnp.where(states.mask, cost, 0), -1))
 
 
-@pytest.mark.parametrize("order", ["lomdm", "genmd4"])
-@pytest.mark.parametrize("name", ["continuous", "order"])
+@pytest.mark.parametrize(
+    ("order", "name"),
+    [
+        ("lomdm", "continuous"),
+        ("lomdm", "order"),
+        ("genmd4", "continuous"),
+        ("genmd4", "order"),
+        ("lomdm-order", "order"),
+    ],
+)
 def test_gradients_match_enumeration(order, name):
     """theta, phi and psi: the mean gradient of the training loss, along random directions."""
     generator, params = tiny_network(order)
     x = np.array([1, 0, 1], np.int32)
     exact = jax.jit(jax.grad(lambda p: exact_loss(generator, p, x, name)))(params)
+    groups = set(params) - {"walk_head"}  # which is searched for, not learned by gradients
 
     @jax.jit
     def draws(keys):
@@ -196,7 +209,7 @@ def test_gradients_match_enumeration(order, name):
     def project(grads):
         """Six random directions for each group of parameters."""
         return {
-            group: jnp.stack([direction_sum(grads[group], i) for i in range(6)]) for group in grads
+            group: jnp.stack([direction_sum(grads[group], i) for i in range(6)]) for group in groups
         }
 
     def direction_sum(tree, i):
@@ -209,6 +222,85 @@ def test_gradients_match_enumeration(order, name):
     for group, samples in drawn.items():
         assert np.abs(expected[group]).max() > 1e-2, f"the {group} gradient vanishes: no test"
         assert within(samples, expected[group], rounding=1e-4), (group, expected[group])
+
+
+def test_a_walking_order_is_a_model_and_its_bound_holds():
+    generator, params = tiny_network("lomdm-order")
+    log_p = [oracle.log_p(generator, params, x) for x in SEQUENCES]
+    assert float(jnp.sum(jnp.exp(jnp.stack(log_p)))) == pytest.approx(1, abs=1e-5)
+    for x, log_p_x in zip(SEQUENCES, log_p, strict=True):
+        exact = oracle.closed_form(oracle.states_of(generator, params, x))
+        assert -float(log_p_x) < float(exact.main + exact.order)
+
+
+def drawn_terms(generator, params, x, draws=300, **options):
+    """Means of main and order over batches of 64, [draws, 2]."""
+    made = make_objective(
+        "order", mask_id=2, samples=2, eps=EPS, reconstruction_share=1 / 4, **options
+    )
+
+    @jax.jit
+    def draw(key):
+        batch = rows(x, 64, key)
+        forward = generator.forward(params, batch.tokens_BL)
+        terms = made.estimate(batch, forward, generator.reverse(params)).terms
+        return jnp.stack([jnp.mean(terms.main), jnp.mean(terms.order)])
+
+    return jax.lax.map(draw, jax.random.split(jax.random.key(2), draws))
+
+
+def test_a_temperature_gives_the_bound_of_the_flattened_orders():
+    """Heads and table divided by 2 are the same model as a temperature of 2."""
+    generator, params = tiny_network("lomdm-order")
+    halves = jax.tree.map(jnp.copy, params)
+    for head in ("forward_head", "reverse_head"):
+        halves[head]["mlp"]["2"] = jax.tree.map(lambda a: a / 2, params[head]["mlp"]["2"])
+    halves["walk_head"]["table"] = params["walk_head"]["table"] / 2
+    x = np.array([1, 0, 1], np.int32)
+    flat = oracle.closed_form(oracle.states_of(generator, halves, x))
+    drawn = drawn_terms(generator, params, x, temperature=2.0)
+    assert within(drawn, flat[:2])
+    sharp = oracle.closed_form(oracle.states_of(generator, params, x))
+    assert not within(drawn, sharp[:2])
+
+
+def test_equal_weights_change_the_networks_gradient_and_nothing_else():
+    """Of sum over states of visits times cross-entropies with weights (1 - s) w + s / masked."""
+    generator, params = tiny_network("walk")
+    x, share = np.array([1, 0, 1], np.int32), 0.5
+    visits, weights, equal = walk_visits(generator, params, x)
+
+    def mixed(params):
+        nll = oracle.states_of(generator, params, x).nll
+        return visits @ jnp.sum(((1 - share) * weights + share * equal) * nll, -1)
+
+    def drawn(share):
+        made = make_objective(
+            *("order",), mask_id=2, samples=1, eps=EPS, reconstruction_share=1, uniform_share=share
+        )
+
+        def value(params, key):
+            batch = rows(x, 64, key)
+            forward = generator.forward(params, batch.tokens_BL)
+            return jnp.mean(loss(made, batch, forward, generator.reverse(params))[0])
+
+        both = jax.jit(jax.value_and_grad(value))
+        found = [both(params, key) for key in jax.random.split(jax.random.key(3), 400)]
+        return [(v, g["backbone"]["output_layer"]["linear"]["bias"]) for v, g in found]
+
+    with_share, without = drawn(share), drawn(0.0)
+    np.testing.assert_allclose([v for v, _ in with_share], [v for v, _ in without], rtol=1e-5)
+    exact = jax.grad(mixed)(params)["backbone"]["output_layer"]["linear"]["bias"]
+    assert within([g for _, g in with_share], exact)
+    assert not within([g for _, g in without], exact)
+
+
+def walk_visits(generator, params, x):
+    """How often each subset is passed, [S], and both kinds of weights in it, [S, L]."""
+    states = oracle.states_of(generator, params, x)
+    visits = oracle.visits_of(states)
+    count = np.maximum(states.mask.sum(-1, keepdims=True), 1)
+    return visits, states.share, states.mask / count
 
 
 def test_uniforms_are_stratified_over_the_global_batch_however_it_is_split():
