@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from lomdm_jax.data.prepare import REMEDY, Prepared
 from lomdm_jax.errors import UserError
@@ -14,6 +15,8 @@ Batch = dict[str, np.ndarray]
 # than a training step. More threads were no faster (they share Python's lock) and four batches
 # cover a stall.
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+# Reads are at random: nothing is read ahead, and nothing waits for other threads.
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class _Blocks:
@@ -22,7 +25,10 @@ class _Blocks:
     def __init__(self, prepared: Prepared, split: str) -> None:
         self._path = prepared.split_path(split)
         try:
-            self._records = grain.sources.ArrayRecordDataSource(str(self._path))
+            # Not Grain's own source: it logs an error for any group of more than one record.
+            self._records = ArrayRecordReader(
+                str(self._path), _RANDOM_ACCESS, file_reader_buffer_size=2**15
+            )
         except RuntimeError as error:
             raise UserError(f"{self._path} cannot be read: {error}. {REMEDY}") from error
         self._dtype = np.dtype(prepared.manifest["dtype"])
@@ -30,11 +36,11 @@ class _Blocks:
         self._vocab_size = prepared.tokenizer.vocab_size
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._records.num_records()
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            record = self._records[index]
+            (record,) = self._records.read([index])
         except RuntimeError as error:  # the file's own checksums: some bytes have changed
             raise self._damaged(index, f"cannot be read: {error}") from error
         expected = self._length * self._dtype.itemsize

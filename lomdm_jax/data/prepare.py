@@ -78,9 +78,9 @@ def prepare(data: Any) -> Prepared:
     """Opens the prepared corpus these settings ask for, making it first where there is none.
 
     A directory that itself holds a manifest.json is opened as it is. Otherwise the corpus lives in
-    `<directory>/<source's name>-<fingerprint of the settings>`: the same settings find their folder again
-    and other settings get another one. Each document is followed by eos, the documents of a split
-    are joined and cut in blocks of `length`, and the last partial block is dropped. A folder
+    `<directory>/<source's name>-<fingerprint of the settings>`: the same settings find their folder
+    again and other settings get another one. Each document is followed by eos, the documents of a
+    split are joined and cut in blocks of `length`, and the last partial block is dropped. A folder
     appears under its name only when complete; an interrupted run leaves at most a
     `<name>.partial-*` folder beside it, which is never read.
 
@@ -226,8 +226,10 @@ def _blocks(tokens_N: np.ndarray, length: int, split: str) -> np.ndarray:
 
 
 def _write_records(path: Path, blocks_ML: np.ndarray) -> None:
-    # One record to a group: each block can be read alone, in any order.
-    with contextlib.closing(ArrayRecordWriter(str(path), "group_size:1")) as writer:
+    # A read inflates its whole group, but also visits the index of every group: of the 1.3 million
+    # blocks of 32 tokens in a 45 MB corpus it took 3 ms with one block to a group, 0.03 ms with 256.
+    group = max(1, 2**14 // blocks_ML[0].nbytes)
+    with contextlib.closing(ArrayRecordWriter(str(path), f"group_size:{group}")) as writer:
         for block_L in blocks_ML:
             writer.write(block_L.tobytes())
 

@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, cast
+from typing import Any, TextIO
 
 from lomdm_jax.errors import UserError
 
@@ -85,7 +85,7 @@ def _is_unicode_text(text: str) -> bool:
 SOURCES: dict[str, Callable[[], list[str]]] = {"stdlib": stdlib_docstrings}
 
 
-_OPENERS = {"": open, ".gz": gzip.open, ".xz": lzma.open}  # by the last suffix
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}  # by last suffix
 
 
 def read_documents(source: str) -> list[str]:
@@ -137,7 +137,7 @@ def _kind(source: str) -> str:
 
 def _open(path: Path) -> TextIO:
     opener = _OPENERS.get(path.suffix, open)
-    return cast(TextIO, opener(path, "rt", encoding="utf-8"))
+    return opener(path, "rt", encoding="utf-8")
 
 
 def _paragraphs(file: TextIO) -> Iterator[str]:
@@ -156,8 +156,8 @@ def _json_lines(source: str, file: TextIO) -> Iterator[str]:
                 raise ValueError("no text")
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f'Line {number} of {source} must be a JSON object such as {{"text": "..."}}, but it '
-                f"is {line[:60]!r}."
+                f'Line {number} of {source} must be a JSON object such as {{"text": "..."}}, but '
+                f"it is {line[:60]!r}."
             ) from None
         yield text
 
