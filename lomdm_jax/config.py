@@ -43,6 +43,18 @@ _DEFAULTS = {
         "mask_samples": 2,  # masked versions per sequence; a learned order needs 2
         "eps": 1e-3,  # where the time integral ends, as in MDLM
         "reconstruction_share": 1 / 16,  # rows drawn at t = eps; few are needed
+        # The order is learned from, and with, contexts of the order at this temperature; 1 is the
+        # order itself. A flatter one shows the network more of the contexts of a sharp one.
+        "temperature": 1.0,
+        # How much of the weights by which cross-entropies teach the network is spread evenly over
+        # the masked positions; 0 is the bound's own gradient. A sharp order needs some.
+        "uniform_share": 0.0,
+        # Blocks learn from a narrower range of masked shares, the one where the loss varies least,
+        # searched for at every evaluation (BD3-LM). Off: then the loss is the bound itself.
+        "clip_noise": False,
+        # The first token is given, not generated (MDLM, BD3-LM); evaluation leaves it out, the
+        # training loss still divides by it. Off: then numbers are of the whole text.
+        "ignore_first": False,
     },
     "optimizer": {
         "learning_rate": 3e-4,
@@ -57,6 +69,9 @@ _DEFAULTS = {
     },
     "train": {
         "steps": 1_000_000,
+        # "walk", "lomdm-order": steps in random order. The next evaluation then chooses the walk;
+        # sooner, the network makes little of any context, and a walk slows it down.
+        "random_steps": 500_000,
         "batch_size": 512,  # sequences per step over all devices
         "micro_batches": 1,  # parts a batch is cut into to save memory
         "seed": 0,
@@ -111,15 +126,16 @@ _POSITIVE = (
     "data.vocab_size data.length model.width model.layers model.heads model.cond_dim "
     "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
     "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
-    "train.eval_every eval.batch_size eval.draws sample.reveal sample.steps sample.count "
-    "checkpoint.every checkpoint.keep"
+    "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
+    "sample.count checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "optimizer.warmup_steps optimizer.weight_decay eval.sequences train.seed eval.seed sample.seed"
+    "optimizer.warmup_steps optimizer.weight_decay train.random_steps eval.sequences train.seed "
+    "eval.seed sample.seed"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "
-    "objective.reconstruction_share data.valid_share"
+    "objective.reconstruction_share data.valid_share objective.uniform_share"
 ).split()
 _ABOVE_ZERO = ("objective.eps", "objective.reconstruction_share", "data.valid_share")
 
@@ -196,11 +212,56 @@ def _check_combinations(config: ConfigDict) -> None:
             "from one to the next before it is complete: use 'race', with sample.reveal for more "
             "than one position of a group at a time.",
         )
+    if made.walks:
+        _check_walk(config)
+    if config.objective.name == "continuous":
+        for key, value in {"objective.temperature": 1.0, "objective.uniform_share": 0.0}.items():
+            if leaf(config, key) != value:
+                _reject(config, key, f"objective.name = 'continuous' has none: use {value}.")
+    if config.objective.clip_noise:
+        _check_clip_noise(config, made)
+    if config.objective.ignore_first and config.data.length < 2:
+        _reject(config, "data.length", "objective.ignore_first leaves nothing: use 2 or more.")
     if config.model.time_conditioning:
-        _check_time_conditioning(config)
+        _check_time_conditioning(config, made)
 
 
-def _check_time_conditioning(config: ConfigDict) -> None:
+def _check_walk(config: ConfigDict) -> None:
+    for key in ("objective.name", "eval.estimator"):
+        if leaf(config, key) != "order":
+            _reject(
+                config,
+                key,
+                f"order.name = {config.order.name!r} follows what is revealed already, so no "
+                "position has a mask probability at a time: use 'order', the time-free one.",
+            )
+
+
+def _check_clip_noise(config: ConfigDict, order: orders.Order) -> None:
+    length = config.data.length
+    if order.groups is None or len(set(order.groups(length).tolist())) == length:
+        _reject(
+            config,
+            "objective.clip_noise",
+            f"order.name = {config.order.name!r} has no blocks of several positions to clip the "
+            "noise of: use order.name = 'block:<size>' with a size of 2 or more, or turn it off.",
+        )
+    if config.objective.name != "order":
+        _reject(
+            config,
+            "objective.clip_noise",
+            f"objective.name = {config.objective.name!r} draws times, not masked shares: use "
+            "objective.name = 'order', or turn it off.",
+        )
+
+
+def _check_time_conditioning(config: ConfigDict, order: orders.Order) -> None:
+    if order.groups is not None:
+        _reject(
+            config,
+            "model.time_conditioning",
+            f"order.name = {config.order.name!r} has no one time for all groups: turn it off.",
+        )
     needed = {
         "objective.name": "continuous",
         "eval.estimator": "continuous",

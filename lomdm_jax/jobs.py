@@ -5,24 +5,22 @@ import json
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from lomdm_jax.data import pipeline
-from lomdm_jax.data.prepare import Prepared, prepare
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.errors import UserError
-from lomdm_jax.evaluation import likelihood
+from lomdm_jax.evaluation import likelihood, order_statistics
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.generator import Generator, init_params, make_generator
-from lomdm_jax.objectives import Objective, make_objective
+from lomdm_jax.generator import init_params
+from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.sampling import make_chooser
 from lomdm_jax.sampling.driver import Samples, generate
+from lomdm_jax.training.adaptation import make_adapter
 from lomdm_jax.training.checkpoint import Checkpoints, Restored, check_facts, facts
 from lomdm_jax.training.loop import Batches, Loop
 from lomdm_jax.training.metrics import MetricWriter
@@ -34,39 +32,8 @@ from lomdm_jax.training.step import make_train_step
 SHOWN = 3
 
 
-class Run(NamedTuple):
-    """What every job starts from."""
-
-    config: ConfigDict
-    workdir: pathlib.Path
-    prepared: Prepared
-    generator: Generator
-    mesh: Mesh
-
-    def place(self, tree: Any) -> Any:
-        """Split arrays over the devices along their first axis."""
-        return jax.device_put(tree, meshes.over_batch(self.mesh))
-
-    def replicate(self, tree: Any) -> Any:
-        """A copy of each array on every device."""
-        return jax.device_put(tree, meshes.replicated(self.mesh))
-
-
-def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
-    """Check the machine, prepare the data and shape the model."""
-    mesh = meshes.make_mesh(config.mesh.data)
-    meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)
-    meshes.check_divides(mesh, "sample.count", config.sample.count)
-    rows = config.train.batch_size // config.train.micro_batches
-    meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
-    prepared = prepare(config.data)
-    tokenizer = prepared.tokenizer
-    generator = make_generator(config, tokenizer.vocab_size + 1, tokenizer.mask_id)
-    return Run(config, workdir, prepared, generator, mesh)
-
-
-def train(run: Run) -> None:
-    """Train to the last step, from the newest checkpoint if there is one; then sample."""
+def train(run: Run) -> Any:
+    """Train to the last step, from the newest checkpoint if there is one; the EMA parameters."""
     config = run.config
     optimizer = make_optimizer(config.optimizer)
     with contextlib.ExitStack() as stack:  # all is written out, however the run ends
@@ -78,16 +45,19 @@ def train(run: Run) -> None:
         writers = {name: MetricWriter(run.workdir, name, first) for name in ("train", "eval")}
         for writer in writers.values():
             stack.callback(writer.close)
-        evaluator = make_evaluator(run)
+        evaluator, adapt = make_evaluator(run), make_adapter(run)
 
-        def evaluate_now(state: TrainState) -> float:
+        def evaluate_now(state: TrainState) -> tuple[TrainState, float]:
+            state = adapt(state)
             evaluation = evaluator(state.ema)
-            writers["eval"].write(int(state.step), _flat(evaluation))
-            return evaluation.nelbo_order.nats_per_token
+            low, high = (float(end) for end in state.noise_range)
+            row = _flat(evaluation) | {"noise_low": low, "noise_high": high}
+            writers["eval"].write(int(state.step), row)
+            return state, evaluation.nelbo_order.nats_per_token
 
         loop = Loop(
             config,
-            step=_compiled_step(run, optimizer, state),
+            step=compiled_step(run, optimizer, state),
             place=run.place,
             replicate=run.replicate,
             evaluate=evaluate_now,
@@ -99,12 +69,14 @@ def train(run: Run) -> None:
     if first >= config.train.steps:
         print(f"already trained to step {first}; config.train.steps asks for no more", flush=True)
         evaluator(state.ema)
-    write_samples(run, state.ema)
+    return state.ema
 
 
 def evaluate(run: Run) -> None:
-    """Score the validation set with the EMA parameters of a checkpoint."""
-    make_evaluator(run)(_saved_parameters(run))
+    """Score the validation set with the EMA parameters of a checkpoint, and describe the order."""
+    params = _saved_parameters(run)
+    make_evaluator(run)(params)
+    describe_order(run, params)
 
 
 def sample(run: Run) -> None:
@@ -117,22 +89,10 @@ def save_config(run: Run) -> None:
     (run.workdir / "config.json").write_text(run.config.to_json(indent=2) + "\n")
 
 
-def make_objective_for(run: Run, name: str, samples: int) -> Objective:
-    """The estimator called `name` with `samples` draws, for this run's mask token."""
-    return make_objective(
-        name,
-        mask_id=run.generator.mask_id,
-        samples=samples,
-        eps=run.config.objective.eps,
-        reconstruction_share=run.config.objective.reconstruction_share,
-        in_groups=run.generator.order.groups is not None,
-    )
-
-
 def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
     """A function of the parameters that scores the validation set, prints and saves the report."""
     config = run.config.eval
-    objective = make_objective_for(run, config.estimator, samples=1)
+    objective = objective_for(run, config.estimator, samples=1)
     scorer = jax.jit(likelihood.make_scorer(run.generator, objective, config.draws))
     baseline = pipeline.unigram_entropy(run.prepared)
     key = run.replicate(jax.random.key(config.seed))
@@ -141,7 +101,7 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
         evaluation = likelihood.evaluate(
             scorer,
             params,
-            pipeline.valid_batches(run.prepared, config.batch_size, config.sequences),
+            valid_batches(run, config.sequences),
             key=key,
             draws=config.draws,
             byte_lengths=run.prepared.tokenizer.byte_lengths,
@@ -154,6 +114,32 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
         return evaluation
 
     return evaluator
+
+
+def describe_order(run: Run, params: Any) -> None:
+    """Print the order's statistics on validation text, before training and with `params`; write
+    order_statistics.json and order_statistics.png."""
+    config = run.config
+    objective = objective_for(run, config.eval.estimator, samples=1)
+    draw = jax.jit(order_statistics.make_draw(run.generator, objective))
+    optimizer = make_optimizer(config.optimizer)
+    limit = config.eval.sequences or order_statistics.SEQUENCES
+
+    def measure(params: Any) -> order_statistics.Statistics:
+        return order_statistics.measure(
+            draw,
+            params,
+            valid_batches(run, min(limit, order_statistics.SEQUENCES)),
+            key=run.replicate(jax.random.key(config.eval.seed)),
+            pieces=run.prepared.tokenizer.pieces,
+            place=run.place,
+        )
+
+    before = measure(fresh(run, optimizer)(jax.random.key(config.train.seed)).params)
+    after = measure(params)
+    print(order_statistics.report(before, after), flush=True)
+    for path in order_statistics.write(run.workdir, before, after, config.order.name):
+        print(f"wrote {path}", flush=True)
 
 
 def _scored_so_far() -> Callable[[int], None]:
@@ -191,12 +177,18 @@ def write_samples(run: Run, params: Any) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def _compiled_step(
+def compiled_step(
     run: Run, optimizer: optax.GradientTransformation, state: TrainState
-) -> Callable[..., Any]:
+) -> jax.stages.Compiled:
     """The training step, compiled for this state and the config's batch; takes no other shape."""
     config, started = run.config, time.perf_counter()
-    objective = make_objective_for(run, config.objective.name, config.objective.mask_samples)
+    objective = objective_for(
+        run,
+        config.objective.name,
+        config.objective.mask_samples,
+        temperature=config.objective.temperature,
+        uniform_share=config.objective.uniform_share,
+    )
     copies = meshes.replicated(run.mesh)
     step = jax.jit(
         make_train_step(run.generator, objective, optimizer, config),
@@ -222,14 +214,15 @@ def _initial(
     batches = pipeline.train_batches(run.prepared, config.train.batch_size, config.train.seed)
     step = checkpoints.latest()
     if step is None:
-        return _fresh(run, optimizer)(jax.random.key(config.train.seed)), batches
+        return fresh(run, optimizer)(jax.random.key(config.train.seed)), batches
     restored = _restore(run, optimizer, checkpoints, step, resume=True)
     batches.set_state(restored.data)
     print(f"continuing from step {step} of {checkpoints.folder}", flush=True)
     return restored.state, batches
 
 
-def _fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+def fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
+    """A jitted function from a key to the state before the first step."""
     rows = run.prepared.tokenizer.vocab_size + 1
     return jax.jit(
         lambda key: init_state(init_params(run.config, rows, key), optimizer),
@@ -247,7 +240,7 @@ def _restore(
 ) -> Restored:
     """The checkpoint of `step`, after making sure that it belongs to this config and data."""
     check_facts(checkpoints.facts(step), facts(run.config, run.prepared.tokenizer), resume=resume)
-    abstract = jax.eval_shape(_fresh(run, optimizer), jax.random.key(0))
+    abstract = jax.eval_shape(fresh(run, optimizer), jax.random.key(0))
     return checkpoints.restore(step, abstract, meshes.replicated(run.mesh))
 
 
@@ -280,8 +273,10 @@ def _generate(run: Run, params: Any) -> Samples:
 def _given(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """The given tokens int32 [B, L] and where they stand, bool [B, L]."""
     config, length = run.config.sample, run.config.data.length
-    encode = run.prepared.tokenizer.encode
-    prompt, suffix = encode(config.prompt), encode(config.suffix)
+    tokenizer = run.prepared.tokenizer
+    prompt, suffix = tokenizer.encode(config.prompt), tokenizer.encode(config.suffix)
+    if run.config.objective.ignore_first and not prompt:
+        prompt = [tokenizer.eos_id]  # the first position is never generated; eos precedes a text
     if len(prompt) + len(suffix) > length:
         raise UserError(
             f"config.sample.prompt ({len(prompt)} tokens) and config.sample.suffix ({len(suffix)} "

@@ -19,12 +19,13 @@ usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--job JOB] [--
 jobs
   train      prepare the data, train (from the newest checkpoint in the workdir, if any),
              evaluate, sample, and draw the order; the default
-  evaluate   both likelihood bounds of a checkpoint on the validation set
+  evaluate   both likelihood bounds of a checkpoint on the validation set, and what its order is
   sample     text from a checkpoint, and the order in which it was generated
 
 common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
-  --config.order.name=NAME               the generation order: lomdm, genmd4, mdm, cosine, ar, r2l,
-                                         block:SIZE or permutation:SEED
+  --config.order.name=NAME               the generation order: lomdm, lomdm-order, walk, genmd4,
+                                         mdm, cosine, ar, r2l, block:SIZE or permutation:SEED
+  --config.data.source=FILE              your own text, .txt or .jsonl (.gz, .xz)
   --config.objective.name=continuous|order
   --config.train.steps=N                 --config.train.batch_size=SEQUENCES
   --config.data.length=TOKENS            --config.data.vocab_size=PIECES
@@ -41,7 +42,8 @@ examples
       --config.sample.prompt="Return the" --config.sample.count=4
 
 The workdir is runs/<config>[-<order>] unless given. It holds config.json, train.csv, eval.csv,
-TensorBoard events, checkpoints, evaluation.json, samples.jsonl, order.html and order.png.
+TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png, samples.jsonl,
+order.html and order.png.
 """
 JOBS = ("train", "evaluate", "sample")
 
@@ -151,12 +153,18 @@ def _convert(key: str, text: str, default: bool | int | float | str) -> bool | i
 
 
 def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> None:
-    from lomdm_jax import jobs  # JAX starts only once the command line is known to be sound
+    # JAX starts only once the command line is known to be sound.
+    from lomdm_jax import jobs
+    from lomdm_jax.run import start
 
     print(f"{job} in {workdir} with\n{config}", flush=True)
-    {"train": jobs.train, "evaluate": jobs.evaluate, "sample": jobs.sample}[job](
-        jobs.start(config, workdir)
-    )
+    run = start(config, workdir)
+    if job == "train":
+        params = jobs.train(run)
+        jobs.describe_order(run, params)
+        jobs.write_samples(run, params)
+    else:
+        {"evaluate": jobs.evaluate, "sample": jobs.sample}[job](run)
 
 
 if __name__ == "__main__":

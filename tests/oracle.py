@@ -108,15 +108,16 @@ def next_shares(weights: Any, mask: np.ndarray) -> tuple[jax.Array, jax.Array]:
     return w / total[:, None], total
 
 
-def log_p(generator: Any, params: Any, x: np.ndarray) -> jax.Array:
-    """log p(x) by dynamic programming over subsets: from the all-masked state to the clean one."""
+def log_p(generator: Any, params: Any, x: np.ndarray, start: int = -1) -> jax.Array:
+    """log p(x) by dynamic programming over subsets: from the all-masked state to the clean one;
+    or log p of what the subset `start` masks, given the rest."""
     states = states_of(generator, params, x)
     value = [jnp.ones(())]  # probability of completing x from the subset that is still masked
     step = states.reverse_share * jnp.exp(-states.nll)
     for subset in range(1, 2 ** len(x)):
         members = np.flatnonzero(states.mask[subset])
         value.append(sum(step[subset, i] * value[subset - 2**i] for i in members))
-    return jnp.log(value[-1])
+    return jnp.log(value[start])
 
 
 def state_rates(states: States) -> Terms:
@@ -140,19 +141,20 @@ def log_excess(states: States, where: np.ndarray | jax.Array) -> jax.Array:
     return jnp.log(ours) - jnp.log(theirs)
 
 
-def visits_of(states: States) -> jax.Array:
-    """The probability that the race passes each subset, [S]; 0 for the empty one, the end."""
+def visits_of(states: States, start: int = -1) -> jax.Array:
+    """The probability that the race passes each subset, [S], when it begins with the subset
+    `start` masked; 0 for the empty one, the end."""
     visit = [jnp.zeros(())] * len(states.mask)
-    visit[-1] = jnp.ones(())
+    visit[start] = jnp.ones(())
     for subset in range(len(states.mask) - 1, 0, -1):
         for i in np.flatnonzero(states.mask[subset]):
             visit[subset - 2**i] += visit[subset] * states.share[subset, i]
     return jnp.stack([jnp.zeros(()), *visit[1:]])
 
 
-def closed_form(states: States) -> Terms:
-    """The untruncated terms."""
-    visit = visits_of(states)
+def closed_form(states: States, start: int = -1) -> Terms:
+    """The untruncated terms, of a race that begins with the subset `start` masked."""
+    visit = visits_of(states, start)
     excess = log_excess(states, states.share > 0)
     return Terms(
         main=visit @ jnp.sum(states.share * states.nll, -1),

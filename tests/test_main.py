@@ -7,6 +7,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lomdm_jax import jobs
+from lomdm_jax.errors import UserError
+from lomdm_jax.evaluation import walk_choice
 from lomdm_jax.main import main, parse
 from lomdm_jax.objectives.nelbo import Terms
 
@@ -24,6 +27,7 @@ train.steps=40 train.batch_size=16 train.log_every=1 train.eval_every=20 checkpo
 eval.batch_size=16 eval.sequences=40 eval.draws=2 sample.count=8 optimizer.warmup_steps=5
 optimizer.learning_rate=0.01 checkpoint.keep=2
 """.split()
+EOS = 1  # of a tokenizer trained here
 
 
 @pytest.fixture(scope="session")
@@ -180,14 +184,106 @@ def test_a_killed_run_continues_bit_for_bit(arguments, trained, tmp_path):
     assert all(name.isdigit() for name in left), "the half-written checkpoint is still there"
 
 
-def restore(folder):
+def restore(folder, step=40):
     with ocp.CheckpointManager(folder) as manager:
         items = {"state": ocp.args.StandardRestore(), "data": ocp.args.JsonRestore()}
-        return manager.restore(40, args=ocp.args.Composite(**items))
+        return manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def strip(table):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in table]
+
+
+def test_the_noise_range_is_part_of_a_run_that_continues_bit_for_bit(
+    arguments, tmp_path, monkeypatch
+):
+    """Found at the first evaluation, it changes the steps after, and no evaluation."""
+    changes = ["train.steps=8", "train.eval_every=4", "checkpoint.every=2"]
+
+    def command(name, *more):
+        every = (*changes, *more)
+        return arguments(tmp_path / name, *every, config="configs/quickstart.py:block:4")
+
+    clip = "objective.clip_noise=true"
+    assert main(command("plain")) == main(command("whole", clip)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs.Checkpoints, "save", stopping_after(6, jobs.Checkpoints.save))
+        assert main(command("stopped", clip)) == 130
+    assert main(command("stopped", clip)) == 0
+    whole, stopped = (restore(tmp_path / name / "checkpoints", 8) for name in ("whole", "stopped"))
+    jax.tree.map(np.testing.assert_array_equal, whole["state"], stopped["state"])
+    for name in ("train.csv", "eval.csv"):
+        assert strip(rows(tmp_path / "whole" / name)) == strip(rows(tmp_path / "stopped" / name))
+    first, last = (
+        [float(row["noise_low"]), float(row["noise_high"])]
+        for row in rows(tmp_path / "whole" / "eval.csv")
+    )
+    assert first != [0, 1] and 0.49 < first[1] - first[0] < 0.91
+    saved = restore(tmp_path / "stopped" / "checkpoints", 6)["state"]["noise_range"]
+    np.testing.assert_allclose(saved, first)
+    np.testing.assert_allclose(whole["state"]["noise_range"], last)
+    plain, clipped = (strip(rows(tmp_path / name / "train.csv")) for name in ("plain", "whole"))
+    assert plain[:4] == clipped[:4]
+    assert all(a["loss"] != b["loss"] for a, b in zip(plain[4:], clipped[4:], strict=True))
+    found = json_of(tmp_path / "whole", "evaluation.json")
+    assert main([*command("whole"), "--job", "evaluate"]) == 0
+    assert json_of(tmp_path / "whole", "evaluation.json") == found
+
+
+@pytest.mark.parametrize("order", ["walk", "lomdm-order"])
+def test_a_walk_is_chosen_once_saved_and_kept(arguments, tmp_path, capsys, order):
+    def command(steps):
+        changes = (f"train.steps={steps}", "train.random_steps=3", "train.eval_every=2")
+        file = f"configs/quickstart.py:{order}"
+        return arguments(tmp_path, *changes, "checkpoint.every=2", config=file)
+
+    def table(step):
+        state = restore(tmp_path / "checkpoints", step)["state"]
+        tables = [state[name]["walk_head"]["table"] for name in ("params", "ema")]
+        np.testing.assert_array_equal(*tables)
+        return tables[0]
+
+    assert main(command(4)) == 0
+    chosen = [line for line in capsys.readouterr().out.splitlines() if line.startswith("walk  ")]
+    name = chosen[0].rsplit("grows ", 1)[1]
+    assert len(chosen) == 1
+    assert not table(2).any(), "random before its time"
+    np.testing.assert_array_equal(table(4), walk_choice.WALKS[name])
+    assert main(command(6)) == 0
+    assert "walk  " not in capsys.readouterr().out
+    np.testing.assert_array_equal(table(6), walk_choice.WALKS[name])
+    ancestral = ["--job", "sample", "--config.sample.sampler=ancestral", "--config.sample.steps=4"]
+    assert main([*command(6), *ancestral]) == 0
+    record = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+    assert record["calls"] == 4 and set(record["revealed"]) <= {1, 2, 3, 4}
+
+
+def stopping_after(step, save):
+    """`Checkpoints.save`, with an interrupt once that step is saved."""
+
+    def call(self, state, *args):
+        save(self, state, *args)
+        if int(state.step) == step:
+            raise KeyboardInterrupt
+
+    return call
+
+
+@pytest.mark.parametrize("order", ["lomdm", "ar", "block:4"])
+def test_a_given_first_position_is_neither_scored_nor_generated(arguments, tmp_path, order):
+    changes = ("train.steps=2", "objective.ignore_first=true", "sample.suffix= list.")
+    command = arguments(tmp_path, *changes, config=f"configs/quickstart.py:{order}")
+    assert main(command) == 0
+    assert json_of(tmp_path, "evaluation.json")["tokens"] == 40 * 15
+    assert [float(row["tokens"]) for row in rows(tmp_path / "train.csv")] == [256, 256]
+    lines = list(map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines()))
+    assert {record["tokens"][0] for record in lines} == {EOS}
+    assert all(record["revealed"][0] == 0 < record["revealed"][1] for record in lines)
+    if order == "ar":
+        prompted = [*command, "--config.sample.prompt=Return", "--job", "sample"]
+        assert main(prompted) == 0
+        record = json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[0])
+        assert record["tokens"][0] != EOS and record["text"].startswith("Return")
 
 
 def refused(arguments, capsys):
@@ -217,6 +313,7 @@ def refused(arguments, capsys):
         ("train.batch_size=12", ["train.batch_size", "12", "8 devices"]),
         ("data.source=imaginary", ["data.source", "imaginary", "stdlib"]),
         ("data.vocab_size=100", ["vocab_size", "100"]),
+        ("objective.clip_noise=true", ["objective.clip_noise", "'lomdm'", "block:<size>"]),
         ("model.time_conditioning=true", ["objective.name", "'order'", "'continuous'"]),
         ("checkpoint.restore=newest", ["checkpoint.restore", "newest", "best"]),
     ],
@@ -256,12 +353,49 @@ def test_another_tokenizer_or_model_than_the_checkpoints_is_refused(arguments, t
     assert "data.length = 16" in message and "32" in message
 
 
+def test_a_checkpoint_that_lacks_a_key_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tokenizer = types.SimpleNamespace(vocab_size=400, fingerprint="a")
+    current = jobs.facts(parse(["--config=configs/quickstart.py"])[0], tokenizer)
+    older = {key: value for key, value in current.items() if key != "objective.clip_noise"}
+    jobs.check_facts(current, current, resume=True)
+    with pytest.raises(UserError, match=r"objective.clip_noise = None, but this run has False"):
+        jobs.check_facts(older, current, resume=True)
+
+
 def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, capsys):
     command = arguments(
         tmp_path, "sample.sampler=ancestral", config="configs/quickstart.py:block:4"
     )
     message = refused(command, capsys)
     assert "sample.sampler" in message and "block:4" in message and "'race'" in message
+
+
+@pytest.mark.parametrize(
+    ("order", "changes", "words"),
+    [
+        ("ar", ["objective.clip_noise=true"], ["objective.clip_noise", "'ar'", "block:<size>"]),
+        ("walk", ["objective.name=continuous"], ["objective.name", "'walk'", "use 'order'"]),
+        ("lomdm-order", ["eval.estimator=continuous"], ["eval.estimator", "'lomdm-order'"]),
+        (
+            "lomdm",
+            ["objective.name=continuous", "objective.temperature=2.0"],
+            ["objective.temperature", "2.0", "'continuous' has none: use 1.0"],
+        ),
+        ("block:1", ["objective.clip_noise=true"], ["objective.clip_noise", "'block:1'"]),
+        (
+            "block:4",
+            ["objective.clip_noise=true", "objective.name=continuous"],
+            ["objective.clip_noise", "'continuous'", "'order'"],
+        ),
+        ("block:4", ["model.time_conditioning=true"], ["time_conditioning", "'block:4'"]),
+        ("mdm", ["objective.ignore_first=true", "data.length=1"], ["data.length", "2 or more"]),
+    ],
+)
+def test_what_an_order_cannot_do_is_refused(arguments, tmp_path, capsys, order, changes, words):
+    command = arguments(tmp_path, *changes, config=f"configs/quickstart.py:{order}")
+    message = refused(command, capsys)
+    assert all(word in message for word in words), message
 
 
 def test_a_length_other_than_the_prepared_datas_is_refused(arguments, data, tmp_path, capsys):
@@ -275,8 +409,8 @@ def test_a_length_other_than_the_prepared_datas_is_refused(arguments, data, tmp_
     assert "32" in message and "16" in message and "length" in message
 
 
-def json_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
+def json_of(folder, name="manifest.json"):
+    return json.loads((folder / name).read_text())
 
 
 def test_missing_and_truncated_data_are_refused(arguments, tmp_path, capsys):

@@ -130,20 +130,24 @@ def _summarise(
 
 
 def bound(nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int) -> Bound:
-    """A ratio estimate from per-sequence nats and counted tokens, with its standard error.
-
-    The error of sum(nats) / sum(tokens) over N independent sequences, to first order; nan for
-    N = 1.
-    """
-    tokens = tokens_N.sum()
-    mean = nats_N.sum() / tokens
-    residual_N = nats_N - mean * tokens_N
-    count = len(nats_N)
-    spread = (residual_N**2).sum() * count / (count - 1) if count > 1 else math.nan
-    error = math.sqrt(spread) / tokens
+    """The bound from per-sequence nats and counted tokens; see `ratio`."""
+    mean, error = ratio(nats_N, tokens_N)
     perplexity = math.exp(mean)
     bits = nats_N.sum() / math.log(2) / max(total_bytes, 1)
-    return Bound(float(mean), float(error), perplexity, float(perplexity * error), float(bits))
+    return Bound(mean, error, perplexity, perplexity * error, float(bits))
+
+
+def ratio(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float, float]:
+    """sum(sums) / sum(counts) over N independent sequences, and its standard error.
+
+    The error is that to first order; nan for N = 1.
+    """
+    total = counts_N.sum()
+    mean = sums_N.sum() / total
+    residual_N = sums_N - mean * counts_N
+    count = len(sums_N)
+    spread = (residual_N**2).sum() * count / (count - 1) if count > 1 else math.nan
+    return float(mean), float(math.sqrt(spread) / total)
 
 
 def report(evaluation: Evaluation, baseline: float) -> str:

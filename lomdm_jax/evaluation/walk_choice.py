@@ -19,6 +19,9 @@ WALKS = {
     "to both sides": np.array([[0, 8], [8, 8]], np.float32),
 }
 
+# Training sequences that a choice reads.
+SEQUENCES = 256
+
 
 class Choice(NamedTuple):
     """name: of WALKS. nats: mean bound of each walk in nats per sequence, and its standard error
@@ -46,3 +49,12 @@ def choose(nats: Callable[[np.ndarray], np.ndarray]) -> Choice:
     pairs = zip(WALKS, found_WN.mean(axis=1).tolist(), error_W.tolist(), strict=True)
     scored = {name: (mean, error) for name, mean, error in pairs}
     return Choice(min(scored, key=lambda name: scored[name][0]), scored)
+
+
+def report(choice: Choice, length: int) -> str:
+    """A line for people: the walks and their bounds in nats per token."""
+    scored = ", ".join(
+        f"{name} {mean / length:.4f} ± {error / length:.4f}"
+        for name, (mean, error) in choice.nats.items()
+    )
+    return f"walk  {scored} nats/token: the order now grows {choice.name}"

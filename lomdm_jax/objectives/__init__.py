@@ -39,15 +39,15 @@ def make_objective(
     "continuous" is the paper's bound with its reconstruction term; "order" is the time-free
     bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only,
     `temperature` and `uniform_share` to the second; see `nelbo`.
-    `in_groups` says that the model's attention follows an order with groups; the second then
-    scores all groups in one pass.
+    `in_groups` says that the model's attention follows an order with groups; both then score all
+    groups in one pass.
 
     Raises:
       UserError: for an unknown name.
     """
     if name == "continuous":
         estimate = functools.partial(
-            nelbo.continuous,
+            nelbo.continuous_groups if in_groups else nelbo.continuous,
             mask_id=mask_id,
             samples=samples,
             eps=eps,

@@ -24,7 +24,7 @@ class Corruption(NamedTuple):
     log_q_KB: jax.Array
 
 
-def stratified_uniforms(key: jax.Array, index_B: jax.Array, total: int) -> jax.Array:
+def stratified_uniforms(key: jax.Array, index_B: jax.Array, total: int | jax.Array) -> jax.Array:
     """One uniform in [0, 1) per example, float32 [B], stratified over the whole global batch.
 
     u_b = (u + b / total) mod 1 with one shared u, so the `total` examples of a batch fall one in
@@ -42,11 +42,18 @@ def corrupt_at(
     keys_B: jax.Array, schedule: Schedule, log_t_B: jax.Array, targets_BL: jax.Array, samples: int
 ) -> Corruption:
     """Mask each target independently with probability m_i(t), `samples` times per sequence."""
+    mask_KBL = corrupt_each(keys_B, schedule.log_mask(log_t_B), targets_BL, samples)
+    return Corruption(mask_KBL, log_mask_probability(schedule, log_t_B, mask_KBL, targets_BL))
+
+
+def corrupt_each(
+    keys_B: jax.Array, log_m_BL: jax.Array, targets_BL: jax.Array, samples: int
+) -> jax.Array:
+    """`samples` masks, bool [K, B, L]: each target independently, with log-probability log_m."""
     shape = (samples, targets_BL.shape[-1])
     uniform_KBL = jax.vmap(lambda key: jax.random.uniform(key, shape), out_axes=1)(keys_B)
     # log(0) = -inf compares as it should: such a position is masked whenever m > 0.
-    mask_KBL = (jnp.log(uniform_KBL) < schedule.log_mask(log_t_B)) & targets_BL
-    return Corruption(mask_KBL, log_mask_probability(schedule, log_t_B, mask_KBL, targets_BL))
+    return (jnp.log(uniform_KBL) < log_m_BL) & targets_BL
 
 
 def corrupt_race(
@@ -56,27 +63,34 @@ def corrupt_race(
 
     log_q is the log-probability of the ordered reveals before them.
     """
-    draw = jax.vmap(race.race_ranks, in_axes=(0, Weights(0, 0, None), 0))
     keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(keys_B)
-    rank_KBL = jax.vmap(draw, in_axes=(0, None, None))(keys_KB, weights, targets_BL)
+    rank_KBL = jax.vmap(lambda keys_B: race.row_ranks(keys_B, weights, targets_BL))(keys_KB)
     mask_KBL = rank_KBL >= (targets_BL.shape[-1] - masked_B)[:, None]
     log_q_KB = race.prefix_log_probability(weights, rank_KBL, targets_BL, mask_KBL)
     return Corruption(mask_KBL, log_q_KB)
 
 
+def group_uniforms(uniform_B: jax.Array, group_BL: jax.Array) -> jax.Array:
+    """One uniform in [0, 1) per group, float32 [B, L]: group g has (u + g / groups) mod 1, so that
+    draws are stratified over the groups of a row as well."""
+    count_B1 = jnp.max(group_BL, axis=-1, keepdims=True) + 1
+    return jnp.mod(uniform_B[:, None] + group_BL / count_B1, 1.0)
+
+
 def corrupt_groups(
     keys_B: jax.Array,
     group_BL: jax.Array,
-    uniform_B: jax.Array,
+    uniform_BL: jax.Array,
     targets_BL: jax.Array,
     samples: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mask a uniform number of the targets of every group at once, at random inside it.
+    """Mask some of the targets of every group at once, at random inside it.
 
     Args:
       keys_B: one PRNG key per row.
       group_BL: int32 group of each position.
-      uniform_B: float32 in [0, 1); group g uses (u + g / groups) mod 1.
+      uniform_BL: float32 in [0, 1), equal within a group; see `group_uniforms`. Of n targets,
+        floor(u n) + 1 are masked.
       targets_BL: bool.
       samples: K.
 
@@ -91,8 +105,6 @@ def corrupt_groups(
         return jax.vmap(race.group_places, in_axes=(0, None, None))(keys_K, group_L, targets_L)
 
     place_KBL, size_KBL = jax.vmap(row, out_axes=1)(keys_B, group_BL, targets_BL)
-    count_B1 = jnp.max(group_BL, axis=-1, keepdims=True) + 1
-    uniform_BL = jnp.mod(uniform_B[:, None] + group_BL / count_B1, 1.0)
     masked_KBL = jnp.minimum(jnp.floor(uniform_BL * size_KBL) + 1, size_KBL)
     mask_KBL = targets_BL & (place_KBL >= size_KBL - masked_KBL)
     return mask_KBL, size_KBL / masked_KBL

@@ -7,15 +7,25 @@ main + order (+ reconstruction) is a bound as well, and a tighter one; all four 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lomdm_jax.objectives.corruption import corrupt_at, corrupt_groups, corrupt_race
+from lomdm_jax.objectives.corruption import (
+    corrupt_at,
+    corrupt_each,
+    corrupt_groups,
+    corrupt_race,
+    group_uniforms,
+)
 from lomdm_jax.orders.race import log_shares as log_shares_of
 from lomdm_jax.orders.race import next_log_shares
 from lomdm_jax.orders.schedule import Schedule, Weights
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
+FULL_RANGE = np.array([[0.0, 1.0]], np.float32)
 
 
 class Reverse(Protocol):
@@ -53,12 +63,20 @@ class Batch(NamedTuple):
       masked, visible throughout, and absent from every sum.
     keys_B: one PRNG key per row.
     uniform_B: float32 in [0, 1), places each row's draw in time; see `stratified_uniforms`.
+    noise_range_B2: float32, or [1, 2] for all rows; where in [0, 1) `all_groups` draws the masked
+      share of every group. The estimate is that of the bound with the full range only.
     """
 
     tokens_BL: jax.Array
     targets_BL: jax.Array
     keys_B: jax.Array
     uniform_B: jax.Array
+    noise_range_B2: jax.Array | np.ndarray = FULL_RANGE
+
+
+def targets_of(counted_BL: Array, ignore_first: bool) -> Array:
+    """The counted positions, without position 0 if that is to be given; bool [B, L]."""
+    return counted_BL & (np.arange(counted_BL.shape[-1]) >= int(ignore_first))
 
 
 class Estimate(NamedTuple):
@@ -217,24 +235,84 @@ def all_groups(
       mask_id: id of the mask token.
       samples: K, masked versions of each row.
     """
-    group_BL = forward.weights().group
+    cost_KBL, mask_KBL, confidence_KBL = group_costs(
+        batch, forward.weights().group, reverse, mask_id=mask_id, samples=samples
+    )
+    main = jnp.sum(cost_KBL, axis=-1)
+    return _without_order(main, jnp.zeros_like(main), mask_KBL, confidence_KBL)
+
+
+def group_costs(
+    batch: Batch, group_BL: jax.Array, reverse: Reverse, *, mask_id: int, samples: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What every position adds to the estimate of `all_groups`, in nats, and its draw.
+
+    The masked share of a group is drawn from the row's noise range, as in BD3-LM's clipped
+    schedules (arXiv 2503.09573; training.resample = True in kuleshov-group/bd3lms), and like
+    there the weights stay those of the full range. BD3-LM sets all weights to 1 once the range
+    starts above 0.5; this is not followed, because it rescales the loss of some ranges only, and
+    the search for the range of the least variance would then compare scales.
+
+    Args: as of `all_groups`; group_BL: int32.
+
+    Returns:
+      cost_KBL, float32, 0 where nothing is masked; mask_KBL, bool; confidence_KBL, float32.
+    """
+    low_B1, high_B1 = jnp.split(jnp.asarray(batch.noise_range_B2), 2, axis=1)
+    uniform_BL = low_B1 + (high_B1 - low_B1) * group_uniforms(batch.uniform_B, group_BL)
     mask_KBL, weight_KBL = corrupt_groups(
-        batch.keys_B, group_BL, batch.uniform_B, batch.targets_BL, samples
+        batch.keys_B, group_BL, uniform_BL, batch.targets_BL, samples
     )
     nll_KBL, confidence_KBL, _ = _evaluate(batch, reverse, mask_KBL, None, mask_id, batch.tokens_BL)
-    main = jnp.sum(weight_KBL * nll_KBL, axis=-1, where=mask_KBL)
-    nothing = jnp.zeros_like(main)
-    equal = jnp.ones_like(nll_KBL)
-    terms = Terms(main, nothing, nothing, nothing)
+    return jnp.where(mask_KBL, weight_KBL * nll_KBL, 0.0), mask_KBL, confidence_KBL
+
+
+def continuous_groups(
+    batch: Batch,
+    forward: Schedule,
+    reverse: Reverse,
+    *,
+    mask_id: int,
+    samples: int,
+    eps: float,
+    reconstruction_share: float,
+) -> Estimate:
+    """The continuous-time estimate of a fixed order with groups, all groups in one pass.
+
+    As BD3-LM trains (arXiv 2503.09573, diffusion.py in kuleshov-group/bd3lms): every group has a
+    t of its own, its targets are masked independently with probability t, and weigh 1 / t. Unlike
+    there, what is left at eps is kept: a share of the (row, group) pairs stands at the end and
+    estimates the reconstruction term, so that each group has the bound of `continuous`.
+
+    Args: as of `continuous`; `reverse` is called with the clean text as context, without a time.
+    """
+    uniform_BL = group_uniforms(batch.uniform_B, forward.weights().group)
+    log_t_BL, weight_BL, at_end_BL = _times(uniform_BL, eps, reconstruction_share)
+    mask_KBL = corrupt_each(batch.keys_B, log_t_BL, batch.targets_BL, samples)
+    nll_KBL, confidence_KBL, _ = _evaluate(batch, reverse, mask_KBL, None, mask_id, batch.tokens_BL)
+    rate_BL = weight_BL * jnp.where(at_end_BL, 1.0, jnp.exp(-log_t_BL))
+    main, reconstruction = (
+        jnp.sum(rate_BL * nll_KBL, axis=-1, where=mask_KBL & pairs_BL)
+        for pairs_BL in (~at_end_BL, at_end_BL)
+    )
+    return _without_order(main, reconstruction, mask_KBL, confidence_KBL)
+
+
+def _without_order(
+    main: jax.Array, reconstruction: jax.Array, mask_KBL: jax.Array, confidence_KBL: jax.Array
+) -> Estimate:
+    """The estimate of a fixed order: nothing is learned of the order, and all rates are equal."""
+    nothing, equal = jnp.zeros_like(main), jnp.ones_like(confidence_KBL)
+    terms = Terms(main, nothing, nothing, reconstruction)
     return Estimate(terms, nothing, mask_KBL, confidence_KBL, equal, equal)
 
 
-def _times(uniform_B: jax.Array, eps: float, share: float) -> tuple[jax.Array, ...]:
-    """log t, the row's importance weight, and whether the row stands at the end, t = eps."""
-    at_end_B = uniform_B < share
-    t_B = eps + (1 - eps) * jnp.maximum((uniform_B - share) / (1 - share), 0.0)
-    log_t_B = jnp.log(jnp.where(at_end_B, eps, t_B))
-    return log_t_B, jnp.where(at_end_B, 1 / share, (1 - eps) / (1 - share)), at_end_B
+def _times(uniform: jax.Array, eps: float, share: float) -> tuple[jax.Array, ...]:
+    """log t, the importance weight, and whether the draw stands at the end, t = eps; any shape."""
+    at_end = uniform < share
+    t = eps + (1 - eps) * jnp.maximum((uniform - share) / (1 - share), 0.0)
+    log_t = jnp.log(jnp.where(at_end, eps, t))
+    return log_t, jnp.where(at_end, 1 / share, (1 - eps) / (1 - share)), at_end
 
 
 def _evaluate(

@@ -57,8 +57,10 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
     """The order called `name`, one of NAMES.
 
     "mdm" and "cosine" reveal at random, "ar" left to right, "r2l" right to left, "block:<size>"
-    blocks of that many tokens, "permutation:<seed>" in one fixed order. Two are learned: "genmd4"
-    from a rate per vocabulary entry, "lomdm" from the context.
+    blocks of that many tokens, "permutation:<seed>" in one fixed order. "walk" grows from what is
+    revealed, in the direction that its training text favours. Three are learned by gradients:
+    "genmd4" from a rate per vocabulary entry, "lomdm" from the context, and "lomdm-order" from the
+    context on top of a walk, with log-weights, for the time-free objective.
 
     Args:
       name: see above.

@@ -32,6 +32,15 @@ def race_ranks(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.A
     return invert(jnp.lexsort((-weights.log_w - gumbel, group), axis=-1))
 
 
+def row_ranks(keys_B: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
+    """`race_ranks` of every row, int32 [B, L], each from a key of its own."""
+
+    def draw(key: jax.Array, log_w_L: jax.Array, group_L: jax.Array, targets_L: jax.Array):
+        return race_ranks(key, Weights(log_w_L, group_L, weights.neighbours), targets_L)
+
+    return jax.vmap(draw)(keys_B, weights.log_w, weights.group, targets_BL)
+
+
 def _walk(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
     """`race_ranks` one reveal after another."""
     length = targets_BL.shape[-1]

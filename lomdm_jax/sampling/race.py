@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.orders.race import can_come_next, race_ranks
+from lomdm_jax.orders.race import can_come_next, row_ranks
 from lomdm_jax.sampling.driver import Now
 
 
@@ -27,7 +27,7 @@ class Race(NamedTuple):
 
     def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
         weights = now.schedule.weights()
-        rank_BL = jax.vmap(race_ranks)(now.keys_B, weights, now.masked_BL)
+        rank_BL = row_ranks(now.keys_B, weights, now.masked_BL)
         done_B1 = jnp.sum(~now.masked_BL, axis=-1, keepdims=True)
         first_BL = rank_BL < done_B1 + self.reveal
         return first_BL & can_come_next(weights, now.masked_BL), now.log_t_B

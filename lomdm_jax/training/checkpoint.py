@@ -150,6 +150,8 @@ _SAME_MODEL = (
 _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
     *("data.source", "data.valid_source", "data.length", "data.valid_share"),
+    *("objective.clip_noise", "objective.ignore_first", "objective.temperature"),
+    *("objective.uniform_share", "train.random_steps"),
 )
 
 
@@ -171,9 +173,9 @@ def check_facts(saved: dict[str, Any], current: dict[str, Any], *, resume: bool)
       UserError: names the first difference, with both values.
     """
     for key in _SAME_MODEL + (_SAME_RUN if resume else ()):
-        if saved[key] != current[key]:
+        if saved.get(key) != current[key]:  # an older one may lack a key
             raise UserError(
-                f"The checkpoint was made with {key} = {saved[key]!r}, but this run has "
+                f"The checkpoint was made with {key} = {saved.get(key)!r}, but this run has "
                 f"{current[key]!r}: use the config and data it was trained with, or another "
                 "--workdir."
             )

@@ -30,7 +30,7 @@ class Loop:
       step: the compiled step (state, batch, key) -> (state, metrics).
       place: puts a host batch on the devices.
       replicate: puts a copy of an array on every device.
-      evaluate: state -> nelbo_order in nats per token.
+      evaluate: state -> the state to go on with, and nelbo_order in nats per token.
       checkpoints: where states are saved.
       facts: saved with each checkpoint.
       writer: where metrics go.
@@ -43,7 +43,7 @@ class Loop:
         step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Any]],
         place: Callable[[Any], Any],
         replicate: Callable[[Any], Any],
-        evaluate: Callable[[TrainState], float],
+        evaluate: Callable[[TrainState], tuple[TrainState, float]],
         checkpoints: Checkpoints,
         facts: dict[str, Any],
         writer: MetricWriter,
@@ -74,7 +74,7 @@ class Loop:
             if self._due(number, "eval") or self._due(number, "checkpoint"):
                 self._report(*pending)  # nothing that is not finite may be saved
                 pending = None
-                self._pause(number, state, batches)
+                state = self._pause(number, state, batches)
         if pending:
             self._report(*pending)
         return state
@@ -84,12 +84,14 @@ class Loop:
         every = config.train.eval_every if what == "eval" else config.checkpoint.every
         return number % every == 0 or number == config.train.steps
 
-    def _pause(self, number: int, state: TrainState, batches: Batches) -> None:
-        """Evaluate if it is due, and save."""
-        started = time.perf_counter()
-        bound = self._evaluate(state) if self._due(number, "eval") else None
+    def _pause(self, number: int, state: TrainState, batches: Batches) -> TrainState:
+        """Evaluate if it is due, and save; returns the state to go on with."""
+        started, bound = time.perf_counter(), None
+        if self._due(number, "eval"):
+            state, bound = self._evaluate(state)
         self._checkpoints.save(state, batches.get_state(), self._facts, bound)
         self._progress.exclude(time.perf_counter() - started)
+        return state
 
     def _report(self, number: int, metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -14,12 +14,15 @@ class TrainState(struct.PyTreeNode):
     step: int32 scalar, updates made so far.
     params, ema: float32 parameters and their exponential moving average, plain dicts.
     opt_state: state of the optimizer.
+    noise_range: float32 [2], where in [0, 1) the masked share of a block is drawn; all of it until
+      `objective.clip_noise` finds a better one.
     """
 
     step: jax.Array
     params: Any
     ema: Any
     opt_state: optax.OptState
+    noise_range: jax.Array
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -29,4 +32,5 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        noise_range=jnp.array([0.0, 1.0], jnp.float32),
     )

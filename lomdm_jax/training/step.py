@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lomdm_jax.generator import Generator
 from lomdm_jax.objectives import Objective, loss
 from lomdm_jax.objectives.corruption import stratified_uniforms
-from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms
+from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, targets_of
 from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
 from lomdm_jax.training.state import TrainState
 
@@ -28,7 +28,8 @@ def make_train_step(
     """The step (state, batch, key) -> (state, metrics), to be jitted.
 
     batch holds `tokens` int32 [B, L] and `counted` bool [B, L]. The loss is the mean over the
-    counted tokens of the whole global batch, also when it is cut into `train.micro_batches`.
+    counted tokens of the whole global batch, also when it is cut into `train.micro_batches`; with
+    `objective.ignore_first` position 0 costs nothing but is counted, as in MDLM and BD3-LM.
     Every draw derives from (key, state.step, index in the global batch) and nothing else.
     Metrics are float32 scalars; bounds in nats per counted token.
     """
@@ -41,8 +42,12 @@ def make_train_step(
         return jnp.sum(loss_B), _statistics(batch, estimate)
 
     def train_step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Arrays]:
-        rows = _rows(batch, jax.random.fold_in(key, state.step))
+        targets_BL = targets_of(batch["counted"], config.objective.ignore_first)
+        rows = _rows(
+            batch["tokens"], targets_BL, state.noise_range, jax.random.fold_in(key, state.step)
+        )
         grads, stats = _accumulate(sums, state.params, rows, config.train.micro_batches)
+        stats["tokens"] = jnp.sum(batch["counted"]).astype(jnp.float32)
         grads = jax.tree.map(lambda g: g / stats["tokens"], grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -51,19 +56,23 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(learning_rate(config.optimizer)(state.step)),
         }
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        step = state.step + 1
+        return state.replace(step=step, params=params, ema=ema, opt_state=opt_state), metrics
 
     return train_step
 
 
-def _rows(batch: Arrays, key: jax.Array) -> tuple[Batch, jax.Array]:
+def _rows(
+    tokens_BL: jax.Array, targets_BL: jax.Array, noise_range: jax.Array, key: jax.Array
+) -> tuple[Batch, jax.Array]:
     """The global batch with its randomness, and the dropout keys [B]."""
     time_key, row_key = jax.random.split(key)
-    total = batch["tokens"].shape[0]
+    total = tokens_BL.shape[0]
     index_B = jnp.arange(total)
     keys_B = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(row_key, i)))(index_B)
     uniform_B = stratified_uniforms(time_key, index_B, total)
-    return Batch(batch["tokens"], batch["counted"], keys_B[:, 0], uniform_B), keys_B[:, 1]
+    range_B2 = jnp.broadcast_to(noise_range, (total, 2))  # per row, to be cut as rows are
+    return Batch(tokens_BL, targets_BL, keys_B[:, 0], uniform_B, range_B2), keys_B[:, 1]
 
 
 def _accumulate(
@@ -89,7 +98,6 @@ def _accumulate(
 def _statistics(batch: Batch, estimate: Estimate) -> Arrays:
     """Sums over rows, so that micro-batches add up; quantiles are summed with their count."""
     stats = {name: jnp.sum(jnp.mean(term, 0)) for name, term in estimate.terms._asdict().items()}
-    stats["tokens"] = jnp.sum(batch.targets_BL).astype(jnp.float32)
     # Mean exponents over the K draws: the forward ones are the same in each.
     exponents = jnp.where(batch.targets_BL, estimate.forward_KBL[0], jnp.nan)
     stats["exponents"] = jnp.nanquantile(exponents, jnp.asarray(QUANTILES))

@@ -11,8 +11,8 @@ from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import make_objective
-from lomdm_jax.objectives.corruption import corrupt_groups, stratified_uniforms
-from lomdm_jax.objectives.nelbo import Batch
+from lomdm_jax.objectives.corruption import corrupt_groups, group_uniforms, stratified_uniforms
+from lomdm_jax.objectives.nelbo import FULL_RANGE, Batch, targets_of
 from lomdm_jax.orders import make_order
 from lomdm_jax.sampling.driver import generate
 from lomdm_jax.sampling.race import Race
@@ -20,6 +20,7 @@ from tests import oracle
 
 LENGTH, VOCAB = 4, 2
 X = np.array([1, 0, 0, 1], np.int32)
+ALL_BUT_FIRST = 0b1110  # the subset of positions in the oracle's numbering
 
 
 def network(name, follow=True):
@@ -35,35 +36,50 @@ def network(name, follow=True):
     return Generator(graphdef, order, VOCAB), tree.unflatten(leaves)
 
 
-def estimates(name, in_groups, count, key):
+def rows(count, key, ignore_first=False):
+    tokens = jnp.tile(jnp.asarray(X), (count, 1))
+    time_key, row_key = jax.random.split(key)
+    uniform = stratified_uniforms(time_key, jnp.arange(count), count)
+    targets = targets_of(jnp.ones_like(tokens, bool), ignore_first)
+    return Batch(tokens, targets, jax.random.split(row_key, count), uniform)
+
+
+def estimate(name, in_groups, batch, estimator="order"):
     generator, params = network(name)
     objective = make_objective(
-        "order",
+        estimator,
         mask_id=VOCAB,
         samples=1,
         eps=1e-3,
         reconstruction_share=0.1,
         in_groups=in_groups,
     )
-    tokens = jnp.tile(jnp.asarray(X), (count, 1))
-    time_key, row_key = jax.random.split(key)
-    uniform = stratified_uniforms(time_key, jnp.arange(count), count)
-    keys = jax.random.split(row_key, count)
-    batch = Batch(tokens, jnp.ones_like(tokens, bool), keys, uniform)
     return objective.estimate(
-        batch, generator.forward(params, tokens), generator.reverse(params)
-    ).terms
+        batch, generator.forward(params, batch.tokens_BL), generator.reverse(params)
+    )
 
 
-def exact(name):
+def mean_and_error(name, in_groups, key, **changes):
+    """Of the bound over 200 batches of 64 rows, and the standard error of the mean."""
+
+    def draw(key):
+        batch = rows(64, key, changes.get("ignore_first", False))
+        terms = estimate(name, in_groups, batch, changes.get("estimator", "order")).terms
+        return jnp.mean(sum(terms))
+
+    drawn = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(key, 200)), np.float64)
+    return drawn.mean(), drawn.std(ddof=1) / np.sqrt(200)
+
+
+def exact(name, start=-1):
     """The bound of X by enumerating every state with the general model, without any context."""
-    return float(oracle.closed_form(oracle.states_of(*network(name), X)).main)
+    return float(oracle.closed_form(oracle.states_of(*network(name), X), start).main)
 
 
 @pytest.mark.parametrize("name", ["ar", "r2l", "block:1", "permutation:3"])
 def test_one_pass_of_the_causal_layout_is_the_chain_rule(name):
     """No noise at all, and the same number as the general bound and as -log p."""
-    terms = estimates(name, True, 2, jax.random.key(0))
+    terms = estimate(name, True, rows(2, jax.random.key(0))).terms
     np.testing.assert_allclose(terms.main, exact(name), rtol=2e-5)
     assert -float(oracle.log_p(*network(name), X)) == pytest.approx(exact(name), rel=2e-5)
 
@@ -88,16 +104,85 @@ def test_one_pass_of_the_doubled_layout_is_the_general_bound(name):
             ways = np.sum([s.sum() == n for s in subsets])
             total += (nll[place] * subset).sum() / n / ways  # size / n, times 1 / size for n
     assert total == pytest.approx(exact(name), rel=2e-5)
-    draw = jax.jit(lambda key: jnp.mean(estimates(name, True, 64, key).main))
-    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(1), 200)), np.float64)
-    assert abs(drawn.mean() - total) < 4 * drawn.std(ddof=1) / np.sqrt(200) + 1e-5
+    mean, error = mean_and_error(name, True, jax.random.key(1))
+    assert abs(mean - total) < 4 * error + 1e-5
 
 
 @pytest.mark.parametrize("name", ["ar", "block:2"])
-def test_both_time_free_estimates_agree(name):
-    draw = jax.jit(lambda key: jnp.mean(estimates(name, False, 64, key).main))
-    drawn = np.asarray(jax.vmap(draw)(jax.random.split(jax.random.key(2), 200)), np.float64)
-    assert abs(drawn.mean() - exact(name)) < 4 * drawn.std(ddof=1) / np.sqrt(200) + 1e-5
+@pytest.mark.parametrize(
+    ("estimator", "in_groups"), [("order", False), ("continuous", False), ("continuous", True)]
+)
+def test_every_other_estimate_has_the_same_mean(name, estimator, in_groups):
+    """The general ones, state by state, and a time for every group of the layout at once."""
+    mean, error = mean_and_error(name, in_groups, jax.random.key(2), estimator=estimator)
+    assert abs(mean - exact(name)) < 4 * error + 1e-5
+
+
+def test_every_group_has_a_time_of_its_own():
+    """With u = 0 the first block stands at the end, eps, and the second at u = 1/2."""
+    batch = rows(4000, jax.random.key(0))._replace(uniform_B=jnp.zeros(4000))
+    found = estimate("block:2", True, batch, "continuous")
+    t = 1e-3 + (1 - 1e-3) * (0.5 - 0.1) / 0.9
+    shares = found.mask_KBL.mean((0, 1))
+    np.testing.assert_allclose(shares[:2], 1e-3, atol=4 * np.sqrt(1e-3 / 4000))
+    np.testing.assert_allclose(shares[2:], t, atol=4 * np.sqrt(t * (1 - t) / 4000))
+    generator, params = network("block:2")
+    z = jnp.where(found.mask_KBL, VOCAB, batch.tokens_BL)
+    logits = generator.reverse(params)(z, None, batch.tokens_BL)[0][..., :VOCAB]
+    log_p = jax.nn.log_softmax(logits)[..., np.arange(LENGTH), X]
+    nats = -jnp.where(found.mask_KBL, log_p, 0.0).reshape(1, 4000, 2, 2).sum(-1)
+    main = (1 - 1e-3) / 0.9 / t * nats[..., 1]
+    np.testing.assert_allclose(found.terms.main, main, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.terms.reconstruction, nats[..., 0] / 0.1, rtol=1e-4, atol=1e-5)
+
+
+def test_a_time_for_one_block_of_everything_is_masked_diffusions():
+    """The same draws from the same keys, and so the same terms."""
+    batch = rows(64, jax.random.key(0))
+    block = estimate("block:4", True, batch, "continuous").terms
+    mdm = estimate("mdm", False, batch, "continuous").terms
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), block, mdm)
+
+
+@pytest.mark.parametrize("name", ["mdm", "ar", "r2l", "block:2"])
+@pytest.mark.parametrize("estimator", ["order", "continuous"])
+def test_a_given_first_position_leaves_the_bound_of_the_rest(name, estimator):
+    """Of x_1, x_2, ... given x_0, by enumeration from the state in which only x_0 is known."""
+    changes = dict(estimator=estimator, ignore_first=True)
+    mean, error = mean_and_error(name, name != "mdm", jax.random.key(3), **changes)
+    rest = exact(name, ALL_BUT_FIRST)
+    assert abs(mean - rest) < 4 * error + 1e-5
+    nll = -float(oracle.log_p(*network(name), X, ALL_BUT_FIRST))
+    assert rest >= nll - 1e-5 and exact(name) > rest + 0.1
+    if name in ("ar", "r2l"):
+        assert rest == pytest.approx(nll, rel=2e-5)
+
+
+def with_range(batch, low, high):
+    return batch._replace(noise_range_B2=jnp.tile(jnp.array([[low, high]]), (len(batch[0]), 1)))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shares"),
+    [(0.5, 1.0, [0, 0, 0.5, 0.5]), (0.0, 0.5, [0.5, 0.5, 0, 0]), (0.3, 0.8, [0, 0.4, 0.5, 0.1])],
+)
+def test_a_noise_range_bounds_the_number_of_masks(low, high, shares):
+    """Of four positions, n are masked where the range meets [(n - 1) / 4, n / 4)."""
+    found = estimate("block:4", True, with_range(rows(1000, jax.random.key(0)), low, high))
+    counts = np.bincount(np.asarray(found.mask_KBL.sum(-1)).ravel(), minlength=5)
+    np.testing.assert_allclose(counts[1:] / 1000, shares, atol=2e-3)
+
+
+def test_the_full_noise_range_changes_no_bit():
+    batch = rows(64, jax.random.key(0))
+    ours, theirs = (
+        estimate("block:2", True, b) for b in (batch, with_range(batch, *FULL_RANGE[0]))
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    group = jnp.tile(jnp.array([0, 0, 1, 1]), (64, 1))
+    uniform = group_uniforms(batch.uniform_B, group)
+    mask, _ = corrupt_groups(batch.keys_B, group, uniform, batch.targets_BL, 1)
+    np.testing.assert_array_equal(ours.mask_KBL, mask)
 
 
 def test_a_permutation_is_left_to_right_on_permuted_text():
@@ -160,7 +245,7 @@ def test_group_masks_leave_out_what_is_no_target():
     targets = jnp.tile(jnp.array([True, False, True, True]), (500, 1))
     group = jnp.tile(jnp.array([0, 0, 1, 1]), (500, 1))
     keys, uniform = jax.random.split(jax.random.key(0), 500), jnp.linspace(0, 0.999, 500)
-    mask, weight = corrupt_groups(keys, group, uniform, targets, 3)
+    mask, weight = corrupt_groups(keys, group, group_uniforms(uniform, group), targets, 3)
     assert not mask[..., 1].any() and mask[..., 0].all()
     counts = mask[..., 2:].sum(-1)
     assert set(np.unique(counts)) == {1, 2}

@@ -14,7 +14,7 @@ from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import surrogate
-from lomdm_jax.objectives.nelbo import Batch
+from lomdm_jax.objectives.nelbo import Batch, targets_of
 from lomdm_jax.orders import make_order
 from tests import oracle
 
@@ -101,6 +101,24 @@ def test_order_estimate_has_no_variance_at_initialisation():
     estimate = objective("order").estimate(*scored(rows(x, 64, jax.random.key(0)), params))
     np.testing.assert_allclose(estimate.terms.main, 3 * np.log(2), rtol=1e-6)
     np.testing.assert_allclose(estimate.terms.order, 0, atol=1e-6)
+
+
+def test_a_given_first_position_leaves_the_bound_of_the_rest():
+    """Also for a learned order: all terms, from the state in which only x_0 is known."""
+
+    @jax.jit
+    def draw(x, key):
+        batch = rows(x, 256, key)
+        batch = batch._replace(targets_BL=targets_of(batch.targets_BL, True))
+        return jnp.stack([jnp.mean(a) for a in objective("order").estimate(*scored(batch)).terms])
+
+    for x, states in zip(SEQUENCES[:2], ALL_STATES, strict=False):
+        exact = oracle.closed_form(states, start=0b110)
+        drawn = jax.lax.map(
+            lambda key, x=x: draw(jnp.asarray(x), key), jax.random.split(jax.random.key(8), 300)
+        )
+        assert within(drawn, exact), (x, drawn.mean(0), exact)
+        assert float(exact.main + exact.order) > -float(oracle.log_p(MODEL, PARAMS, x, 0b110))
 
 
 def test_positions_that_are_not_targets_stay_visible_and_cost_nothing():

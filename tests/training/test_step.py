@@ -199,6 +199,17 @@ def test_masked_diffusions_loss_is_the_familiar_weighted_cross_entropy():
     assert (estimate.terms.order == 0).all() and (estimate.terms.clock == 0).all()
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_given_first_position_costs_nothing_but_is_counted(parts):
+    """Fresh networks give every token log V nats, so the first loss is that of the targets."""
+    changes = dict(order__name="mdm", objective__name="order", objective__ignore_first=True)
+    _, (metrics,) = run(tiny(**changes, train__micro_batches=parts), steps=1)
+    counted = batch()["counted"]
+    assert metrics["tokens"] == counted.sum()
+    share = counted[:, 1:].sum() / counted.sum()
+    assert metrics["main"] == pytest.approx(share * np.log(VOCAB), rel=1e-5)
+
+
 def test_ema_warms_up_as_mdlms():
     assert ema_decay(0.9999, jnp.int32(0)) == pytest.approx(2 / 11)
     assert ema_decay(0.9999, jnp.int32(10**7)) == pytest.approx(0.9999)
