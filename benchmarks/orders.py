@@ -9,9 +9,10 @@ may carry changes to its config: "lomdm-order@objective.temperature=4@train.rand
 
 A pass is one forward pass of the network over a batch of masked sequences; an order's passes per
 step are the flops of its compiled step over the flops of that pass, both from XLA's cost analysis.
-At equal passes every order has what masked diffusion ("mdm") uses in N steps. Runs that are
-complete in the folder are not made again. Without files it takes the novels that lie beside the
-project, if they do, and the docstrings of Python's standard library if not.
+Steps in random order, before an order is learned, have a program and a cost of their own. At equal
+passes every order has what masked diffusion ("mdm") uses in N steps. Runs that are complete in the
+folder are not made again. Without files it takes the novels that lie beside the project, if they
+do, and the docstrings of Python's standard library if not.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -86,7 +87,8 @@ def make_config(options: argparse.Namespace, variant: str, steps: int) -> Any:
         config.objective.mask_samples = 1
     if order in ("lomdm", "cosine"):  # as in the papers
         config.objective.name = "continuous"
-    config.train.random_steps = options.steps // 4
+    if order in ("walk", "lomdm-order"):
+        config.train.random_steps = options.steps * 2 // 3
     config.train.steps, config.train.eval_every = steps, options.steps // 8
     config.train.log_every = config.checkpoint.every = options.steps // 8
     for change in changes:
@@ -96,8 +98,25 @@ def make_config(options: argparse.Namespace, variant: str, steps: int) -> Any:
     return config
 
 
-def passes(options: argparse.Namespace, variant: str) -> float:
-    """Forward passes that a step of this order costs; see above."""
+class Cost(NamedTuple):
+    """random, learned: passes per step before and after step `until`."""
+
+    until: int
+    random: float
+    learned: float
+
+    def passes(self, steps: float | np.ndarray) -> Any:
+        early = np.minimum(steps, self.until)
+        return early * self.random + (steps - early) * self.learned
+
+    def steps(self, passes: float) -> int:
+        """The inverse of `passes`, to the nearest step."""
+        early = min(passes / self.random, self.until)
+        return round(early + (passes - self.passes(early)) / self.learned)
+
+
+def cost_of(options: argparse.Namespace, variant: str) -> Cost:
+    """What a step of this order costs; see above."""
     import jax
 
     from lomdm_jax import jobs
@@ -109,14 +128,18 @@ def passes(options: argparse.Namespace, variant: str) -> float:
     run = start(config, options.folder)
     optimizer = make_optimizer(config.optimizer)
     state = jax.eval_shape(jobs.fresh(run, optimizer), jax.random.key(0))
-    step = jobs.compiled_step(run, optimizer, state).cost_analysis()["flops"]
+    random, learned = (
+        jobs.compiled_step(run, generator, optimizer, state).cost_analysis()["flops"]
+        for generator in (run.generator.at_random(), run.generator)
+    )
     config.order.name, rows = "mdm", SIZES[options.size]["train.batch_size"]
     vocabulary = run.prepared.tokenizer.vocab_size + 1
     network = make_generator(config, vocabulary, vocabulary - 1)
     params = jax.eval_shape(lambda key: init_params(config, vocabulary, key), jax.random.key(0))
     z = jax.ShapeDtypeStruct((1, rows, config.data.length), np.int32)
     forward = jax.jit(lambda params, z: network.reverse(params)(z, None)[0]).lower(params, z)
-    return step / forward.compile().cost_analysis()["flops"]
+    unit = forward.compile().cost_analysis()["flops"]
+    return Cost(config.train.random_steps, random / unit, learned / unit)
 
 
 def workdir_of(options: argparse.Namespace, variant: str, seed: int) -> pathlib.Path:
@@ -177,11 +200,6 @@ def mean_error(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(spread / math.sqrt(len(values)))
 
 
-def budget(options: argparse.Namespace, costs: dict[str, float], variant: str) -> int:
-    """Steps that cost as many passes as `options.steps` of masked diffusion."""
-    return round(options.steps * costs["mdm"] / costs[variant])
-
-
 def score(options: argparse.Namespace, variant: str, steps: int, name: str) -> dict[str, float]:
     """Perplexity at this step and its change from masked diffusion's last one, seed by seed."""
     rows = [evaluations(options, variant, seed)[steps] for seed in options.seeds]
@@ -199,12 +217,12 @@ def score(options: argparse.Namespace, variant: str, steps: int, name: str) -> d
     }
 
 
-def compare(options: argparse.Namespace, costs: dict[str, float]) -> list[dict[str, Any]]:
+def compare(options: argparse.Namespace, costs: dict[str, Cost]) -> list[dict[str, Any]]:
     """One row of the table per order."""
     table = []
     for variant, cost in costs.items():
-        equal = budget(options, costs, variant)
-        row = {"order": variant, "passes_per_step": cost, "equal_passes_steps": equal}
+        equal = cost.steps(costs["mdm"].passes(options.steps))
+        row = {"order": variant, **cost._asdict(), "equal_passes_steps": equal}
         row |= score(options, variant, options.steps, "steps")
         table.append(row | score(options, variant, equal, "passes"))
     return table
@@ -217,10 +235,15 @@ def markdown(options: argparse.Namespace, table: list[dict[str, Any]]) -> str:
     rows = [head.split("|"), ["---"] * 9]
     for row in table:
         steps, passes = (cells(row, name) for name in ("steps", "passes"))
-        first = [f"`{row['order']}`", f"{row['passes_per_step']:.2f}"]
+        first = [f"`{row['order']}`", passes_per_step(row)]
         last = [f"{row['passes_bits_per_byte']:.3f}", f"{row['passes_seconds']:.0f} s"]
         rows.append([*first, *steps, f"{row['equal_passes_steps']}", *passes, *last])
     return "".join(f"| {' | '.join(map(str.strip, row))} |\n" for row in rows)
+
+
+def passes_per_step(row: dict[str, Any]) -> str:
+    early = f"{row['random']:.2f}, from step {row['until']} " if row["until"] else ""
+    return early + f"{row['learned']:.2f}"
 
 
 def cells(row: dict[str, Any], name: str) -> list[str]:
@@ -259,7 +282,7 @@ def mean_range(values: list[float | None]) -> str:
     return mean if high - low < 0.02 else f"{mean} ({low:+.2f} to {high:+.2f})"
 
 
-def write(options: argparse.Namespace, costs: dict[str, float]) -> None:
+def write(options: argparse.Namespace, costs: dict[str, Cost]) -> None:
     """orders.csv, orders.md and orders.png."""
     table = compare(options, costs)
     with (options.folder / "orders.csv").open("w", newline="") as file:
@@ -272,7 +295,7 @@ def write(options: argparse.Namespace, costs: dict[str, float]) -> None:
     draw(options, costs)
 
 
-def draw(options: argparse.Namespace, costs: dict[str, float]) -> None:
+def draw(options: argparse.Namespace, costs: dict[str, Cost]) -> None:
     """Held-out bound against steps and against passes, a line per order."""
     from matplotlib.figure import Figure
 
@@ -284,7 +307,7 @@ def draw(options: argparse.Namespace, costs: dict[str, float]) -> None:
         nats = np.mean([[run[s]["nelbo_order_nats_per_token"] for s in steps] for run in runs], 0)
         style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": variant}
         left.plot(steps, nats, "o", ms=3, **style)
-        right.plot(steps * cost / 1000, nats, "o", ms=3, **style)
+        right.plot(cost.passes(steps) / 1000, nats, "o", ms=3, **style)
     left.set(xlabel="steps", ylabel="nelbo_order, held out (nats per token)")
     right.set(xlabel="thousand forward passes")
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -293,23 +316,26 @@ def draw(options: argparse.Namespace, costs: dict[str, float]) -> None:
     figure.savefig(options.folder / "orders.png", dpi=150)
 
 
-def count_passes(options: argparse.Namespace, variants: list[str]) -> dict[str, float]:
+def count_passes(options: argparse.Namespace, variants: list[str]) -> dict[str, Cost]:
     """By variant, in processes of their own; the first one alone, for it prepares the data."""
-    first = float(child(options, "--passes", variants[0]))
+
+    def count(variant: str) -> Cost:
+        return Cost(*json.loads(child(options, "--passes", variant)))
+
+    first = count(variants[0])
     with pool(options) as workers:
-        rest = workers.map(lambda variant: float(child(options, "--passes", variant)), variants[1:])
-        return dict(zip(variants, [first, *rest], strict=True))
+        return dict(zip(variants, [first, *workers.map(count, variants[1:])], strict=True))
 
 
-def run_all(options: argparse.Namespace, costs: dict[str, float]) -> None:
+def run_all(options: argparse.Namespace, costs: dict[str, Cost]) -> None:
     """Every variant with every seed, as many at a time as there are workers."""
     started = time.perf_counter()
     with pool(options) as workers:
         jobs = [
             workers.submit(one, options, variant, seed, budgets)
             for seed in options.seeds
-            for variant in costs
-            for budgets in [[options.steps, budget(options, costs, variant)]]
+            for variant, cost in costs.items()
+            for budgets in [[options.steps, cost.steps(costs["mdm"].passes(options.steps))]]
         ]
         for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
             passed = (time.perf_counter() - started) / 60
@@ -344,12 +370,12 @@ def main() -> None:
     options = parse()
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.passes:
-        print(passes(options, options.passes))
+        print(json.dumps(cost_of(options, options.passes)))
     elif options.run:
         train(options, *json.loads(options.run))
     else:
         costs = count_passes(options, list(dict.fromkeys(["mdm", *options.orders.split(",")])))
-        print({variant: round(cost, 2) for variant, cost in costs.items()}, flush=True)
+        print("passes per step:", {k: round(c.learned, 2) for k, c in costs.items()}, flush=True)
         run_all(options, costs)
         write(options, costs)
 

@@ -16,7 +16,7 @@ def get_config(order: str = "lomdm") -> ConfigDict:
     config = default_config()
     config.order.name = order
     config.objective.name = "order"  # the time-free objective: less noise in a short run
-    if order in ("walk", "lomdm-order"):
+    if order in ("walk", "lomdm-order"):  # benchmarks/README.md says why
         config.objective.temperature = 2.0
         config.objective.uniform_share = 0.5
         config.train.random_steps = 400  # half of them

@@ -69,9 +69,9 @@ _DEFAULTS = {
     },
     "train": {
         "steps": 1_000_000,
-        # "walk", "lomdm-order": steps in random order. The next evaluation then chooses the walk;
-        # sooner, the network makes little of any context, and a walk slows it down.
-        "random_steps": 500_000,
+        # Steps in random order before an order is learned: at the cost of masked diffusion, and
+        # with its broad view of contexts. An evaluation follows, which chooses a walk.
+        "random_steps": 0,
         "batch_size": 512,  # sequences per step over all devices
         "micro_batches": 1,  # parts a batch is cut into to save memory
         "seed": 0,
@@ -212,6 +212,8 @@ def _check_combinations(config: ConfigDict) -> None:
             "from one to the next before it is complete: use 'race', with sample.reveal for more "
             "than one position of a group at a time.",
         )
+    if config.train.random_steps and not (made.learned or made.walks):
+        _reject(config, "train.random_steps", f"order.name = {order.name!r} learns none: use 0.")
     if made.walks:
         _check_walk(config)
     if config.objective.name == "continuous":

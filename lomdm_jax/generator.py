@@ -24,16 +24,25 @@ class Generator(NamedTuple):
     order: from scores to schedules.
     mask_id: id of the mask token.
     time_conditioning: whether the network is told the noise level at t.
+    random: whether what is learned of the order is left out; see `at_random`.
     """
 
     graphdef: Any
     order: Order
     mask_id: int
     time_conditioning: bool = False
+    random: bool = False
+
+    def at_random(self) -> "Generator":
+        """The same network under the order that a learned one starts from, which is uniformly
+        random: the heads have no part in it, and under jit they cost nothing."""
+        return self._replace(random=True)
 
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
-        module = nnx.merge(self.graphdef, params)
+        module = self._module(params)
+        if self.random:
+            return self._schedule(module, jnp.zeros(x_BL.shape))
         return self._schedule(module, module.forward_scores(x_BL))
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
@@ -47,7 +56,7 @@ class Generator(NamedTuple):
             context_NL = None if context_BL is None else jnp.repeat(context_BL, count, axis=0)
             # Rows of one example stay neighbours, so that a batch split over devices stays split.
             z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])
-            module = nnx.merge(self.graphdef, params)
+            module = self._module(params)
             logits_NLV, scores_NL = module.denoise(
                 z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count), context_NL
             )
@@ -59,9 +68,15 @@ class Generator(NamedTuple):
 
         return call
 
+    def _module(self, params: Any) -> Denoiser:
+        if self.random:  # rates per token also tilt the logits
+            heads = {name: params[name] for name in params if name.endswith("_head")}
+            params = params | jax.tree.map(jnp.zeros_like, heads)
+        return nnx.merge(self.graphdef, params)
+
     def _schedule(self, module: Denoiser, scores: jax.Array) -> Schedule:
-        schedule = self.order.schedule(scores)
-        if not self.order.walks:
+        schedule = self.order.schedule(jnp.zeros_like(scores) if self.random else scores)
+        if self.random or not self.order.walks:
             return schedule
         return Walk(schedule.weights().log_w, jax.lax.stop_gradient(module.walk_head.table[...]))
 

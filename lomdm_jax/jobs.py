@@ -16,7 +16,7 @@ from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import likelihood, order_statistics
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.generator import init_params
+from lomdm_jax.generator import Generator, init_params
 from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.sampling import make_chooser
 from lomdm_jax.sampling.driver import Samples, generate
@@ -57,7 +57,7 @@ def train(run: Run) -> Any:
 
         loop = Loop(
             config,
-            step=compiled_step(run, optimizer, state),
+            step=_steps(run, optimizer, state),
             place=run.place,
             replicate=run.replicate,
             evaluate=evaluate_now,
@@ -177,8 +177,20 @@ def write_samples(run: Run, params: Any) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def compiled_step(
+def _steps(
     run: Run, optimizer: optax.GradientTransformation, state: TrainState
+) -> Callable[..., tuple[TrainState, Any]]:
+    """The step as the loop calls it: up to `train.random_steps` that of random order."""
+    until, first = run.config.train.random_steps, int(state.step)
+    learned = compiled_step(run, run.generator, optimizer, state)
+    if first >= until:
+        return lambda number, *inputs: learned(*inputs)
+    random = compiled_step(run, run.generator.at_random(), optimizer, state)
+    return lambda number, *inputs: (random if number <= until else learned)(*inputs)
+
+
+def compiled_step(
+    run: Run, generator: Generator, optimizer: optax.GradientTransformation, state: TrainState
 ) -> jax.stages.Compiled:
     """The training step, compiled for this state and the config's batch; takes no other shape."""
     config, started = run.config, time.perf_counter()
@@ -191,7 +203,7 @@ def compiled_step(
     )
     copies = meshes.replicated(run.mesh)
     step = jax.jit(
-        make_train_step(run.generator, objective, optimizer, config),
+        make_train_step(generator, objective, optimizer, config),
         in_shardings=(copies, meshes.over_batch(run.mesh), copies),
         out_shardings=copies,
         donate_argnums=0,

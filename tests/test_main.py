@@ -72,6 +72,7 @@ def test_train_evaluates_samples_and_draws(arguments, trained, monkeypatch, caps
     names = {path.name for path in trained.iterdir()}
     assert names >= {"config.json", "train.csv", "eval.csv", "tensorboard", "checkpoints"}
     assert names >= {"evaluation.json", "samples.jsonl", "order.html", "order.png"}
+    assert names >= {"order_statistics.json", "order_statistics.png"}
     losses = [float(row["loss"]) for row in rows(trained / "train.csv")]
     assert len(losses) == 40 and np.mean(losses[-5:]) < np.mean(losses[:5])
     assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 40
@@ -233,7 +234,7 @@ def test_the_noise_range_is_part_of_a_run_that_continues_bit_for_bit(
 @pytest.mark.parametrize("order", ["walk", "lomdm-order"])
 def test_a_walk_is_chosen_once_saved_and_kept(arguments, tmp_path, capsys, order):
     def command(steps):
-        changes = (f"train.steps={steps}", "train.random_steps=3", "train.eval_every=2")
+        changes = (f"train.steps={steps}", "train.random_steps=3", "train.eval_every=5")
         file = f"configs/quickstart.py:{order}"
         return arguments(tmp_path, *changes, "checkpoint.every=2", config=file)
 
@@ -248,6 +249,7 @@ def test_a_walk_is_chosen_once_saved_and_kept(arguments, tmp_path, capsys, order
     name = chosen[0].rsplit("grows ", 1)[1]
     assert len(chosen) == 1
     assert not table(2).any(), "random before its time"
+    assert [row["step"] for row in rows(tmp_path / "eval.csv")] == ["3", "4"]
     np.testing.assert_array_equal(table(4), walk_choice.WALKS[name])
     assert main(command(6)) == 0
     assert "walk  " not in capsys.readouterr().out
@@ -389,6 +391,7 @@ def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, caps
             ["objective.clip_noise", "'continuous'", "'order'"],
         ),
         ("block:4", ["model.time_conditioning=true"], ["time_conditioning", "'block:4'"]),
+        ("ar", ["train.random_steps=5"], ["train.random_steps", "5", "'ar' learns none"]),
         ("mdm", ["objective.ignore_first=true", "data.length=1"], ["data.length", "2 or more"]),
     ],
 )

@@ -15,7 +15,7 @@ from lomdm_jax.training.state import TrainState
 
 def make_adapter(run: Run) -> Callable[[TrainState], TrainState]:
     """What an evaluation changes in the state before it scores: the noise range that blocks are
-    trained on, or the walk of an order, from `train.random_steps` on."""
+    trained on, or the walk of an order, once, after `train.random_steps`."""
     if run.config.objective.clip_noise:
         return _range_search(run)
     if run.generator.order.walks:

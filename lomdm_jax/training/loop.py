@@ -27,7 +27,7 @@ class Loop:
 
     Args:
       config: the whole config.
-      step: the compiled step (state, batch, key) -> (state, metrics).
+      step: (number, state, batch, key) -> (state, metrics), compiled; the first number is 1.
       place: puts a host batch on the devices.
       replicate: puts a copy of an array on every device.
       evaluate: state -> the state to go on with, and nelbo_order in nats per token.
@@ -40,7 +40,7 @@ class Loop:
         self,
         config: ConfigDict,
         *,
-        step: Callable[[TrainState, Any, jax.Array], tuple[TrainState, Any]],
+        step: Callable[[int, TrainState, Any, jax.Array], tuple[TrainState, Any]],
         place: Callable[[Any], Any],
         replicate: Callable[[Any], Any],
         evaluate: Callable[[TrainState], tuple[TrainState, float]],
@@ -66,7 +66,7 @@ class Loop:
         for number in range(first + 1, last + 1):
             batch = self._place(next(batches))
             with jax.transfer_guard("disallow"):
-                state, metrics = self._step(state, batch, key)
+                state, metrics = self._step(number, state, batch, key)
             # The metrics of the step before are read while this one runs on the device.
             if pending:
                 self._report(*pending)
@@ -82,7 +82,7 @@ class Loop:
     def _due(self, number: int, what: str) -> bool:
         config = self._config
         every = config.train.eval_every if what == "eval" else config.checkpoint.every
-        return number % every == 0 or number == config.train.steps
+        return number % every == 0 or number in (config.train.steps, config.train.random_steps)
 
     def _pause(self, number: int, state: TrainState, batches: Batches) -> TrainState:
         """Evaluate if it is due, and save; returns the state to go on with."""
