@@ -28,6 +28,7 @@ _DEFAULTS = {
         "layers": 12,
         "heads": 12,
         "cond_dim": 128,
+        "head_layers": 1,  # blocks in each order head, as in the paper; 0 costs next to nothing
         "dropout": 0.1,
         "dtype": "float32",  # compute dtype; parameters and losses are float32 always
         "time_conditioning": False,  # the exact race needs a network that does not see t
@@ -130,8 +131,8 @@ _POSITIVE = (
     "sample.count checkpoint.every checkpoint.keep"
 ).split()
 _NOT_NEGATIVE = (
-    "optimizer.warmup_steps optimizer.weight_decay train.random_steps eval.sequences train.seed "
-    "eval.seed sample.seed"
+    "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
+    "eval.sequences train.seed eval.seed sample.seed"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "

@@ -120,6 +120,7 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
         sizes,
         mask_id=mask_id,
         scores=order.scores,
+        head_layers=model.head_layers,
         walks=order.walks,
         groups=groups,
         rngs=rngs,

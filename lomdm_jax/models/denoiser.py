@@ -20,6 +20,7 @@ class Denoiser(nnx.Module):
     Args:
       sizes: of the backbone; the heads share its width.
       mask_id: id of the mask token.
+      head_layers: blocks in each order head.
       scores: what the order is learned from: "position" for a score per position from the two
         heads, "token" for one per vocabulary entry, "none" for a fixed order.
       walks: whether it holds a table over the neighbours.
@@ -34,6 +35,7 @@ class Denoiser(nnx.Module):
         *,
         mask_id: int,
         scores: str,
+        head_layers: int = 1,
         walks: bool = False,
         groups: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
@@ -45,8 +47,8 @@ class Denoiser(nnx.Module):
         if scores == "token":
             self.token_head = TokenHead(sizes.vocab_size)
         if scores == "position":
-            self.forward_head = OrderHead(sizes, rngs=rngs)
-            self.reverse_head = OrderHead(sizes, rngs=rngs)
+            self.forward_head = OrderHead(sizes, head_layers, rngs=rngs)
+            self.reverse_head = OrderHead(sizes, head_layers, rngs=rngs)
 
     def denoise(
         self,

@@ -9,12 +9,19 @@ from lomdm_jax.models.visibility import View
 
 
 class OrderHead(nnx.Module):
-    """One transformer block, then an MLP to a scalar that starts at zero (a random order)."""
+    """Transformer blocks (one in the paper), then an MLP to a scalar that starts at zero, which is
+    a random order.
 
-    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
+    Args:
+      sizes: of the backbone; `layers` and `dropout` are not used.
+      layers: how many blocks, 0 to read the order off the hidden states of the backbone.
+    """
+
+    def __init__(self, sizes: Sizes, layers: int, *, rngs: nnx.Rngs):
         width, dtype = sizes.width, sizes.dtype
         # No dropout: the forward head's output defines q.
-        self.block = Block(sizes._replace(dropout=0.0), rngs=rngs)
+        plain = sizes._replace(dropout=0.0)
+        self.blocks = nnx.List(Block(plain, rngs=rngs) for _ in range(layers))
         self.norm = layer_norm(width, rngs)
         self.mlp = nnx.Dict(
             {
@@ -25,7 +32,9 @@ class OrderHead(nnx.Module):
 
     def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, view: View) -> jax.Array:
         """Scores, float32 [B, L]."""
-        h_BLD = self.norm(self.block(x_BLD, cond_BD, view))
+        for block in self.blocks:
+            x_BLD = block(x_BLD, cond_BD, view)
+        h_BLD = self.norm(x_BLD)
         h_BLD = jax.nn.gelu(self.mlp["0"](h_BLD), approximate=True)
         return self.mlp["2"](h_BLD)[..., 0].astype(jnp.float32)
 

@@ -32,13 +32,14 @@ class Weights(NamedTuple):
     def at(self, masked: jax.Array) -> "Weights":
         """The weights in the state where `masked`, bool [..., L], is hidden.
 
-        The edge counts as revealed on the left, where a text begins, and as masked on the right.
+        What lies beyond the edges counts as revealed, so that a walk in either direction begins
+        at an end of the text.
         """
         if self.neighbours is None:
             return self
-        left = jnp.pad(~masked, [(0, 0)] * (masked.ndim - 1) + [(1, 0)], constant_values=True)
-        right = jnp.pad(~masked, [(0, 0)] * (masked.ndim - 1) + [(0, 1)])
-        bias = self.neighbours[left[..., :-1].astype(int), right[..., 1:].astype(int)]
+        around = [(0, 0)] * (masked.ndim - 1) + [(1, 1)]
+        revealed = jnp.pad(~masked, around, constant_values=True).astype(int)
+        bias = self.neighbours[revealed[..., :-2], revealed[..., 2:]]
         return Weights(self.log_w + bias, self.group)
 
     def flattened(self, temperature: float) -> "Weights":

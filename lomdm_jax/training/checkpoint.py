@@ -145,7 +145,7 @@ class Checkpoints:
 # Facts that parameters depend on, and what a run that continues must share besides.
 _SAME_MODEL = (
     *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
-    *("model.cond_dim", "model.time_conditioning"),
+    *("model.cond_dim", "model.head_layers", "model.time_conditioning"),
 )
 _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),

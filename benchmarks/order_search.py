@@ -1,0 +1,173 @@
+"""What makes a learned order pay: many ways to go on from one network, compared in pairs.
+
+python benchmarks/order_search.py [--seeds 0,1] [--fork-steps M] [other options of orders.py]
+
+Trains masked diffusion for N steps, then goes on from that very state for M more in every way of
+FORKS. Two runs from scratch differ by chance by as much as most of what is compared here; forks of
+one state do not. Prints, for each, the change of the held-out bound from masked diffusion that
+went on as well, after M steps and after the passes of its M steps, and writes order_search.md and
+order_search.csv into the folder.
+"""
+
+import csv
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import orders
+
+# As in orders.py: an order, and changes to its config. "walk=" names the walk to take instead of
+# the one that would be chosen, "none" for no walk at all.
+FORKS = (
+    "mdm",
+    *(f"walk@walk=to {name}" for name in ("the right", "the left", "both sides")),
+    "walk@objective.temperature=1.0@objective.uniform_share=0.0",
+    "walk@objective.temperature=1.0",
+    "walk@objective.uniform_share=0.0",
+    "walk",
+    "walk@objective.uniform_share=0.9",
+    "walk@objective.temperature=4.0",
+    "walk@objective.temperature=4.0@objective.uniform_share=0.9",
+    "genmd4",
+    "lomdm",
+    "lomdm@objective.name=order",
+    "lomdm@objective.name=order@objective.uniform_share=0.5",
+    "lomdm-order@walk=none@objective.temperature=1.0",
+    "lomdm-order@walk=none@optimizer.head_multiplier=10.0@objective.temperature=1.0",
+    "lomdm-order",
+    "lomdm-order@model.head_layers=1",
+    "lomdm-order@optimizer.head_multiplier=10.0",
+    "lomdm-order@objective.mask_samples=4@train.batch_size=8",
+)
+BASE, POINTS = "mdm", 6  # evaluations of a fork
+
+
+def base_of(options: Any, seed: int) -> pathlib.Path:
+    return options.folder / f"base-{seed}"
+
+
+def train_base(options: Any, seed: int) -> None:
+    from lomdm_jax import jobs
+    from lomdm_jax.run import start
+
+    config = orders.make_config(options, BASE, options.steps)
+    config.train.seed = seed
+    jobs.train(start(config, base_of(options, seed)))
+
+
+def started(options: Any, run: Any, optimizer: Any, seed: int) -> Any:
+    """The base's state with what this run has besides, fresh."""
+    import jax
+
+    from lomdm_jax import jobs
+    from lomdm_jax.distributed.mesh import replicated
+    from lomdm_jax.run import start
+    from lomdm_jax.training.checkpoint import Checkpoints
+
+    base = start(orders.make_config(options, BASE, options.steps), base_of(options, seed))
+    checkpoints = Checkpoints(base.workdir / "checkpoints", 1, create=False)
+    abstract = jax.eval_shape(jobs.fresh(base, optimizer), jax.random.key(0))
+    saved = checkpoints.restore(checkpoints.find("latest"), abstract, replicated(run.mesh)).state
+    known = dict(jax.tree.leaves_with_path(saved))
+    fresh = jobs.fresh(run, optimizer)(jax.random.key(seed))
+    return jax.tree.map_with_path(lambda path, leaf: known.get(path, leaf), fresh)
+
+
+def with_walk(run: Any, state: Any, name: str) -> Any:
+    from lomdm_jax.evaluation.walk_choice import WALKS
+    from lomdm_jax.training.adaptation import make_adapter
+
+    if not name:
+        return make_adapter(run)(state)
+    head = {"walk_head": {"table": run.replicate(WALKS.get(name, np.zeros((2, 2), np.float32)))}}
+    return state.replace(params=state.params | head, ema=state.ema | head)
+
+
+def fork(options: Any, variant: str, seed: int) -> dict[str, Any]:
+    """Passes per step relative to masked diffusion, and the bound by step of the fork."""
+    import jax
+
+    from lomdm_jax import jobs
+    from lomdm_jax.data import pipeline
+    from lomdm_jax.run import start
+    from lomdm_jax.training.optimizer import make_optimizer
+
+    parts = variant.split("@")
+    walk = "".join(part.removeprefix("walk=") for part in parts if part.startswith("walk="))
+    variant = "@".join(part for part in parts if not part.startswith("walk="))
+    config = orders.make_config(options, variant, options.steps)
+    config.train.random_steps, config.train.seed = 0, seed
+    workdir = orders.workdir_of(options, "-".join(parts), seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    run = start(config, workdir)
+    optimizer = make_optimizer(config.optimizer)
+    state = with_walk(run, started(options, run, optimizer, seed), walk)
+    step = jobs.compiled_step(run, run.generator, optimizer, state)
+    score = jobs.make_evaluator(run)
+    batches = pipeline.train_batches(run.prepared, config.train.batch_size, seed + 1000)
+    key, bounds = run.replicate(jax.random.key(seed)), {}
+    for number in range(options.fork_steps + 1):
+        if number % (options.fork_steps // POINTS) == 0:
+            bounds[number] = score(state.ema).nelbo_order.nats_per_token
+        state, _ = step(state, run.place(next(batches)), key)
+    return {"flops": step.cost_analysis()["flops"], "bounds": bounds}
+
+
+def change(found: list[dict[str, Any]], base: list[dict[str, Any]], passes: bool) -> list[float]:
+    """Of the last bound from masked diffusion's, in nats, for each seed."""
+    changes = []
+    for own, mdm in zip(found, base, strict=True):
+        at, values = map(np.array, zip(*own["bounds"].items(), strict=True))
+        at = at.astype(float) * (own["flops"] / mdm["flops"] if passes else 1)
+        last = float(list(mdm["bounds"])[-1])
+        changes.append(np.interp(last, at, values) - list(mdm["bounds"].values())[-1])
+    return changes
+
+
+def write(options: Any, found: dict[str, list[dict[str, Any]]]) -> None:
+    head = [
+        "way to go on",
+        "passes",
+        *(f"{by}, seed {s}" for by in ("steps", "passes") for s in options.seeds),
+    ]
+    rows = []
+    for variant, runs in found.items():
+        share = runs[0]["flops"] / found["mdm"][0]["flops"]
+        changes = [*change(runs, found["mdm"], False), *change(runs, found["mdm"], True)]
+        rows.append([f"`{variant}`", f"{share:.2f}", *(f"{value:+.4f}" for value in changes)])
+    with (options.folder / "order_search.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    text = "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+    (options.folder / "order_search.md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    parser = orders.make_parser(__doc__)
+    parser.set_defaults(seeds="0,1", steps=2500, folder=orders.ROOT / "runs" / "order_search")
+    parser.add_argument("--fork-steps", type=int, default=0, help="half of --steps")
+    options = orders.finish(parser.parse_args())
+    options.fork_steps = options.fork_steps or options.steps // 2
+    if options.run:
+        variant, seed = json.loads(options.run)
+        print(json.dumps(fork(options, variant, seed) if variant else train_base(options, seed)))
+        return
+
+    orders.prepare(options)
+
+    def child(variant: str, seed: int) -> Any:
+        return json.loads(orders.child(options, "--run", json.dumps([variant, seed])))
+
+    with orders.pool(options) as workers:
+        list(workers.map(lambda seed: child("", seed), options.seeds))
+        jobs = {v: [workers.submit(child, v, s) for s in options.seeds] for v in FORKS}
+        found = {}
+        for number, (variant, futures) in enumerate(jobs.items(), start=1):
+            found[variant] = [future.result() for future in futures]
+            print(f"{number}/{len(jobs)} {variant}", flush=True)
+    write(options, found)
+
+
+if __name__ == "__main__":
+    main()
