@@ -80,8 +80,11 @@ def with_walk(run: Any, state: Any, name: str) -> Any:
 
     if not name:
         return make_adapter(run)(state)
-    head = {"walk_head": {"table": run.replicate(WALKS.get(name, np.zeros((2, 2), np.float32)))}}
-    return state.replace(params=state.params | head, ema=state.ema | head)
+    table = WALKS.get(name, np.zeros((2, 2), np.float32))
+    params, ema = (  # arrays of their own: the state is donated
+        tree | {"walk_head": {"table": run.replicate(table)}} for tree in (state.params, state.ema)
+    )
+    return state.replace(params=params, ema=ema)
 
 
 def fork(options: Any, variant: str, seed: int) -> dict[str, Any]:

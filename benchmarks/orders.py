@@ -35,7 +35,8 @@ sys.path.insert(0, str(ROOT))
 NOVELS = ROOT.parent / "shared" / "data" / "novels"
 ORDERS = (
     *("ar", "r2l", "permutation:0", "block:4", "block:8", "block:16"),
-    *("mdm", "cosine", "genmd4", "lomdm", "walk", "lomdm-order"),
+    *("mdm", "mdm@order.exponent=2.0@objective.name=continuous", "cosine"),
+    *("genmd4", "lomdm", "walk", "lomdm-order"),
 )
 SIZES = {
     # Small against its budget, so that the network is near what it can learn, as in long runs.
@@ -177,6 +178,8 @@ def child(options: argparse.Namespace, *arguments: str) -> str:
     """Run this script with `arguments` in a process of its own; what it printed last."""
     command = [sys.executable, *sys.argv, *arguments]
     environment = os.environ | ({"XLA_FLAGS": ONE_CORE} if options.size == "cpu" else {})
+    if "--run" in arguments:  # seeds share their programs
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(options.folder.absolute() / "compiled")}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if result.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{result.stdout}{result.stderr}")
