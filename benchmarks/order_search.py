@@ -1,12 +1,14 @@
 """What makes a learned order pay: many ways to go on from one network, compared in pairs.
 
-python benchmarks/order_search.py [--seeds 0,1] [--fork-steps M] [other options of orders.py]
+python benchmarks/order_search.py [--seeds 0,1] [--steps N] [--fork-steps M]
+                                  [other options of orders.py]
 
-Trains masked diffusion for N steps, then goes on from that very state for M more in every way of
-FORKS. Two runs from scratch differ by chance by as much as most of what is compared here; forks of
-one state do not. Prints, for each, the change of the held-out bound from masked diffusion that
-went on as well, after M steps and after the passes of its M steps, and writes order_search.md and
-order_search.csv into the folder.
+Trains masked diffusion for N steps, then goes on from that very state in every way of FORKS, for M
+steps more. Two runs from scratch differ by chance by as much as most of what is compared here;
+forks of one state differ far less. Writes order_search.md and order_search.csv into the folder: for
+each way the passes of its step over those of masked diffusion, and its held-out bound (nelbo_order,
+nats per token) less that of masked diffusion that went on as well: at once (where the order has
+changed but no parameter has), after as many passes, and after as many steps.
 """
 
 import csv
@@ -25,22 +27,18 @@ FORKS = (
     "walk@objective.temperature=1.0@objective.uniform_share=0.0",
     "walk@objective.temperature=1.0",
     "walk@objective.uniform_share=0.0",
-    "walk",
     "walk@objective.uniform_share=0.9",
     "walk@objective.temperature=4.0",
-    "walk@objective.temperature=4.0@objective.uniform_share=0.9",
     "genmd4",
     "lomdm",
     "lomdm@objective.name=order",
-    "lomdm@objective.name=order@objective.uniform_share=0.5",
-    "lomdm-order@walk=none@objective.temperature=1.0",
-    "lomdm-order@walk=none@optimizer.head_multiplier=10.0@objective.temperature=1.0",
+    "lomdm-order@walk=none@optimizer.head_multiplier=10.0",
     "lomdm-order",
     "lomdm-order@model.head_layers=1",
-    "lomdm-order@optimizer.head_multiplier=10.0",
     "lomdm-order@objective.mask_samples=4@train.batch_size=8",
 )
-BASE, POINTS = "mdm", 6  # evaluations of a fork
+BASE = "mdm"
+WHEN = ("at once", "equal passes", "equal steps")
 
 
 def base_of(options: Any, seed: int) -> pathlib.Path:
@@ -56,8 +54,16 @@ def train_base(options: Any, seed: int) -> None:
     jobs.train(start(config, base_of(options, seed)))
 
 
-def started(options: Any, run: Any, optimizer: Any, seed: int) -> Any:
-    """The base's state with what this run has besides, fresh."""
+def flops(run: Any, optimizer: Any, state: Any) -> tuple[Any, float]:
+    """The compiled step and the compiler's count of its work."""
+    from lomdm_jax import jobs
+
+    step = jobs.compiled_step(run, run.generator, optimizer, state)
+    return step, step.cost_analysis()["flops"]
+
+
+def started(options: Any, run: Any, optimizer: Any, seed: int) -> tuple[Any, float]:
+    """The base's state with what this run has besides, fresh; and the flops of a base's step."""
     import jax
 
     from lomdm_jax import jobs
@@ -69,9 +75,10 @@ def started(options: Any, run: Any, optimizer: Any, seed: int) -> Any:
     checkpoints = Checkpoints(base.workdir / "checkpoints", 1, create=False)
     abstract = jax.eval_shape(jobs.fresh(base, optimizer), jax.random.key(0))
     saved = checkpoints.restore(checkpoints.find("latest"), abstract, replicated(run.mesh)).state
+    work = flops(base, optimizer, saved)[1]
     known = dict(jax.tree.leaves_with_path(saved))
     fresh = jobs.fresh(run, optimizer)(jax.random.key(seed))
-    return jax.tree.map_with_path(lambda path, leaf: known.get(path, leaf), fresh)
+    return jax.tree.map_with_path(lambda path, leaf: known.get(path, leaf), fresh), work
 
 
 def with_walk(run: Any, state: Any, name: str) -> Any:
@@ -87,8 +94,8 @@ def with_walk(run: Any, state: Any, name: str) -> Any:
     return state.replace(params=params, ema=ema)
 
 
-def fork(options: Any, variant: str, seed: int) -> dict[str, Any]:
-    """Passes per step relative to masked diffusion, and the bound by step of the fork."""
+def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
+    """Passes of a step relative to masked diffusion's, and the bound at each of WHEN."""
     import jax
 
     from lomdm_jax import jobs
@@ -105,43 +112,36 @@ def fork(options: Any, variant: str, seed: int) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     run = start(config, workdir)
     optimizer = make_optimizer(config.optimizer)
-    state = with_walk(run, started(options, run, optimizer, seed), walk)
-    step = jobs.compiled_step(run, run.generator, optimizer, state)
+    state, unit = started(options, run, optimizer, seed)
+    state = with_walk(run, state, walk)
+    step, work = flops(run, optimizer, state)
     score = jobs.make_evaluator(run)
     batches = pipeline.train_batches(run.prepared, config.train.batch_size, seed + 1000)
     key, bounds = run.replicate(jax.random.key(seed)), {}
-    for number in range(options.fork_steps + 1):
-        if number % (options.fork_steps // POINTS) == 0:
+    when = [0, round(options.fork_steps * unit / work), options.fork_steps]
+    for number in range(max(when) + 1):
+        if number in when:
             bounds[number] = score(state.ema).nelbo_order.nats_per_token
-        state, _ = step(state, run.place(next(batches)), key)
-    return {"flops": step.cost_analysis()["flops"], "bounds": bounds}
+        if number < max(when):
+            state, _ = step(state, run.place(next(batches)), key)
+    found = (bounds[number] for number in when)
+    return {"passes": work / unit, **dict(zip(WHEN, found, strict=True))}
 
 
-def change(found: list[dict[str, Any]], base: list[dict[str, Any]], passes: bool) -> list[float]:
-    """Of the last bound from masked diffusion's, in nats, for each seed."""
-    changes = []
-    for own, mdm in zip(found, base, strict=True):
-        at, values = map(np.array, zip(*own["bounds"].items(), strict=True))
-        at = at.astype(float) * (own["flops"] / mdm["flops"] if passes else 1)
-        last = float(list(mdm["bounds"])[-1])
-        changes.append(np.interp(last, at, values) - list(mdm["bounds"].values())[-1])
-    return changes
-
-
-def write(options: Any, found: dict[str, list[dict[str, Any]]]) -> None:
-    head = [
-        "way to go on",
-        "passes",
-        *(f"{by}, seed {s}" for by in ("steps", "passes") for s in options.seeds),
-    ]
-    rows = []
+def write(options: Any, found: dict[str, list[dict[str, float]]]) -> None:
+    names = [f"{name}, seed {seed}" for name in WHEN for seed in options.seeds]
+    rows = [["way to go on", "passes", *names]]
     for variant, runs in found.items():
-        share = runs[0]["flops"] / found["mdm"][0]["flops"]
-        changes = [*change(runs, found["mdm"], False), *change(runs, found["mdm"], True)]
-        rows.append([f"`{variant}`", f"{share:.2f}", *(f"{value:+.4f}" for value in changes)])
+        cells = [
+            f"{run[name] - base[name]:+.4f}"
+            for name in WHEN
+            for run, base in zip(runs, found[BASE], strict=True)
+        ]
+        rows.append([f"`{variant}`", f"{runs[0]['passes']:.2f}", *cells])
     with (options.folder / "order_search.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
-    text = "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
+        csv.writer(file).writerows(rows)
+    rows.insert(1, ["---"] * len(rows[0]))
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     (options.folder / "order_search.md").write_text(text)
     print(text)
 

@@ -317,7 +317,8 @@ def draw(options: argparse.Namespace, costs: dict[str, Cost]) -> None:
         runs = [evaluations(options, variant, seed) for seed in options.seeds]
         steps = np.array(sorted(runs[0]))
         nats = np.mean([[run[s]["nelbo_order_nats_per_token"] for s in steps] for run in runs], 0)
-        style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "label": variant}
+        label, line = variant.replace("@", "\n  "), "-" if number < 10 else "--"
+        style = {"color": f"C{number % 10}", "ls": line, "label": label}
         left.plot(steps, nats, "o", ms=3, **style)
         right.plot(cost.passes(steps) / 1000, nats, "o", ms=3, **style)
     left.set(xlabel="steps", ylabel="nelbo_order, held out (nats per token)")

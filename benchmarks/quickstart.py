@@ -23,6 +23,7 @@ PARTS = {
     "initialise": r"^compiled|^continuing",
     "train (with its evaluation on the way)": r"^step +(\d+)/\1 ",
     "evaluate": r"^unigram",
+    "describe the order": r"^wrote .*order_statistics.png",
     "sample and draw": r"^wrote .*png",
 }
 

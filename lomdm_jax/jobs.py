@@ -122,7 +122,6 @@ def describe_order(run: Run, params: Any) -> None:
     config = run.config
     objective = objective_for(run, config.eval.estimator, samples=1)
     draw = jax.jit(order_statistics.make_draw(run.generator, objective))
-    optimizer = make_optimizer(config.optimizer)
     limit = config.eval.sequences or order_statistics.SEQUENCES
 
     def measure(params: Any) -> order_statistics.Statistics:
@@ -135,7 +134,8 @@ def describe_order(run: Run, params: Any) -> None:
             place=run.place,
         )
 
-    before = measure(fresh(run, optimizer)(jax.random.key(config.train.seed)).params)
+    start = jax.jit(_parameters(run), out_shardings=meshes.replicated(run.mesh))
+    before = measure(start(jax.random.key(config.train.seed)))
     after = measure(params)
     print(order_statistics.report(before, after), flush=True)
     for path in order_statistics.write(run.workdir, before, after, config.order.name):
@@ -235,11 +235,16 @@ def _initial(
 
 def fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
     """A jitted function from a key to the state before the first step."""
-    rows = run.prepared.tokenizer.vocab_size + 1
+    params = _parameters(run)
     return jax.jit(
-        lambda key: init_state(init_params(run.config, rows, key), optimizer),
-        out_shardings=meshes.replicated(run.mesh),
+        lambda key: init_state(params(key), optimizer), out_shardings=meshes.replicated(run.mesh)
     )
+
+
+def _parameters(run: Run) -> Callable[[jax.Array], Any]:
+    """From a key to parameters before the first step."""
+    rows = run.prepared.tokenizer.vocab_size + 1
+    return lambda key: init_params(run.config, rows, key)
 
 
 def _restore(

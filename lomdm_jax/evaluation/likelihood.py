@@ -140,12 +140,12 @@ def bound(nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int) -> Bound:
 def ratio(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float, float]:
     """sum(sums) / sum(counts) over N independent sequences, and its standard error.
 
-    The error is that to first order; nan for N = 1.
+    The error is that to first order; nan where only one sequence counts.
     """
     total = counts_N.sum()
     mean = sums_N.sum() / total
     residual_N = sums_N - mean * counts_N
-    count = len(sums_N)
+    count = np.count_nonzero(counts_N)
     spread = (residual_N**2).sum() * count / (count - 1) if count > 1 else math.nan
     return float(mean), float(math.sqrt(spread) / total)
 

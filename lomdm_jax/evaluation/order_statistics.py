@@ -21,6 +21,7 @@ from lomdm_jax.orders.race import row_ranks
 
 # Sequences that the statistics read: tau of a random order is then known to 0.005 at L = 32.
 SEQUENCES = 512
+RARE = 30  # a class with fewer tokens is not drawn: its mean says little
 CLASSES = ("word start", "inside a word", "number", "punctuation", "white space", "end of text")
 
 
@@ -253,7 +254,7 @@ def _draw_positions(axes: Axes, before: Statistics, after: Statistics) -> None:
 
 
 def _draw_classes(axes: Axes, before: Statistics, after: Statistics) -> None:
-    present = [name for name in CLASSES if after.rank_by_class[name].values]
+    present = [name for name in CLASSES if after.rank_by_class[name].values >= RARE]
     where = np.arange(len(present))[::-1]
     for found, colour in ((before, GREY), (after, ACCENT)):
         means = [found.rank_by_class[name] for name in present]

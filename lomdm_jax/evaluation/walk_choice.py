@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Nats that a revealed neighbour on the named side adds: e^8 is 3,000 to 1, so a text is written
-# from its start on, or from a few places; the table is indexed [left][right].
+# Nats that a revealed neighbour adds: e^8 is 3,000 to 1, so a text is written from its start on,
+# from its end back, or from both ends and anything given; the table is indexed [left][right].
 WALKS = {
     "to the right": np.array([[0, 0], [8, 8]], np.float32),
     "to the left": np.array([[0, 8], [0, 8]], np.float32),

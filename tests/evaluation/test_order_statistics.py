@@ -75,7 +75,7 @@ def test_correlation_of_velocity_and_confidence():
     velocity = [rising, rising[::-1], np.ones(LENGTH)]
     confidence = np.tile(np.linspace(0.1, 0.9, LENGTH), (3, 1))
     found = everything(order, velocity_NL=velocity, confidence_NL=confidence)
-    assert found.velocity_confidence == pytest.approx((0.0, math.sqrt(3) / 2, 2))
+    assert found.velocity_confidence == pytest.approx((0.0, 1.0, 2))
     pooled = np.corrcoef(np.ravel(velocity), confidence.ravel())[0, 1]
     assert found.velocity_confidence_pooled == pytest.approx(pooled)
     equal = everything(order, confidence_NL=confidence)

@@ -119,13 +119,17 @@ def test_order_probabilities_sum_to_one_and_match_draws(neighbours):
     assert (np.abs(np.array(counts) - np.exp(log_q)) < 4 * error).all()
 
 
-def test_a_walk_is_the_chain_of_its_states():
-    """By hand: w = 1 each, and a revealed left neighbour (the edge too) doubles a rate."""
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_walk_is_the_chain_of_its_states(mirrored):
+    """By hand: w = 1 each, and a revealed neighbour on the left (the edge too) doubles a rate; or
+    on the right, with everything mirrored."""
     table = jnp.log(jnp.array([[1.0, 1.0], [2.0, 2.0]]))
+    table = table.T if mirrored else table
     weights = Weights(jnp.zeros(3), jnp.zeros(3, jnp.int32), table)
     everyone, nobody = jnp.ones(3, bool), jnp.zeros(3, bool)
     for order, expected in {(0, 1, 2): 2 / 4 * 2 / 3, (1, 0, 2): 1 / 4 * 2 / 4}.items():
         rank = race.invert(jnp.array(order))
+        rank = rank[::-1] if mirrored else rank
         log_q = race.prefix_log_probability(weights, rank, everyone, nobody)
         assert jnp.exp(log_q) == pytest.approx(expected, rel=1e-5)
 
