@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import orders
+from orders_table import workdir_of
 
 # As in orders.py: an order, and changes to its config. "walk=" names the walk to take instead of
 # the one that would be chosen, "none" for no walk at all.
@@ -108,7 +109,7 @@ def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
     variant = "@".join(part for part in parts if not part.startswith("walk="))
     config = orders.make_config(options, variant, options.steps)
     config.train.random_steps, config.train.seed = 0, seed
-    workdir = orders.workdir_of(options, "-".join(parts), seed)
+    workdir = workdir_of(options, "-".join(parts), seed)
     workdir.mkdir(parents=True, exist_ok=True)
     run = start(config, workdir)
     optimizer = make_optimizer(config.optimizer)

@@ -213,10 +213,10 @@ def _check_combinations(config: ConfigDict) -> None:
             "from one to the next before it is complete: use 'race', with sample.reveal for more "
             "than one position of a group at a time.",
         )
-    if config.train.random_steps and not (made.learned or made.walks):
-        _reject(config, "train.random_steps", f"order.name = {order.name!r} learns none: use 0.")
     if made.walks:
         _check_walk(config)
+    if config.train.random_steps:
+        _check_random_steps(config, made)
     if config.objective.name == "continuous":
         for key, value in {"objective.temperature": 1.0, "objective.uniform_share": 0.0}.items():
             if leaf(config, key) != value:
@@ -238,6 +238,15 @@ def _check_walk(config: ConfigDict) -> None:
                 f"order.name = {config.order.name!r} follows what is revealed already, so no "
                 "position has a mask probability at a time: use 'order', the time-free one.",
             )
+
+
+def _check_random_steps(config: ConfigDict, order: orders.Order) -> None:
+    if not (order.learned or order.walks):
+        remedy = f"order.name = {config.order.name!r} learns none: use 0."
+        _reject(config, "train.random_steps", remedy)
+    if config.train.random_steps >= config.train.steps:
+        remedy = f"train.steps = {config.train.steps} leaves none to learn an order in: use fewer."
+        _reject(config, "train.random_steps", remedy)
 
 
 def _check_clip_noise(config: ConfigDict, order: orders.Order) -> None:

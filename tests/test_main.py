@@ -392,6 +392,7 @@ def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, caps
         ),
         ("block:4", ["model.time_conditioning=true"], ["time_conditioning", "'block:4'"]),
         ("ar", ["train.random_steps=5"], ["train.random_steps", "5", "'ar' learns none"]),
+        ("lomdm", ["train.random_steps=40"], ["train.random_steps", "train.steps = 40 leaves"]),
         ("mdm", ["objective.ignore_first=true", "data.length=1"], ["data.length", "2 or more"]),
     ],
 )
