@@ -9,7 +9,8 @@ may carry changes to its config: "lomdm-order@objective.temperature=4@train.rand
 
 A pass is one forward pass of the network over a batch of masked sequences; an order's passes per
 step are the flops of its compiled step over the flops of that pass, both from XLA's cost analysis.
-Steps in random order, before an order is learned, have a program and a cost of their own. At equal
+It counts the body of a loop once, so the loop that draws a walk is in the wall time only. Steps in
+random order, before an order is learned, have a program and a cost of their own. At equal
 passes every order has what masked diffusion ("mdm") uses in N steps. Runs that are complete in the
 folder are not made again. Without files it takes the novels that lie beside the project, if they
 do, and the docstrings of Python's standard library if not.

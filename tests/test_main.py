@@ -236,7 +236,7 @@ def test_a_walk_is_chosen_once_saved_and_kept(arguments, tmp_path, capsys, order
     def command(steps):
         changes = (f"train.steps={steps}", "train.random_steps=3", "train.eval_every=5")
         file = f"configs/quickstart.py:{order}"
-        return arguments(tmp_path, *changes, "checkpoint.every=2", config=file)
+        return arguments(tmp_path, *changes, "checkpoint.every=2", "checkpoint.keep=4", config=file)
 
     def table(step):
         state = restore(tmp_path / "checkpoints", step)["state"]
