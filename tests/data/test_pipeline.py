@@ -146,11 +146,12 @@ def test_a_bad_record_is_named(prepared, tmp_path, row, fault):
         next(batches)
 
 
-def test_changed_bytes_are_caught_by_the_checksums(prepared, tmp_path):
+@pytest.mark.parametrize("byte", [200, 1000])  # in the first group, after 104 bytes of headers
+def test_changed_bytes_are_caught_by_the_checksums(prepared, tmp_path, byte):
     folder = Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
     damaged = dataclasses.replace(prepared, folder=folder)
     content = bytearray(damaged.split_path("valid").read_bytes())
-    content[5000] ^= 255
+    content[byte] ^= 255
     damaged.split_path("valid").write_bytes(content)
     with pytest.raises(UserError, match=r"valid.array_record cannot be read: Corrupted"):
         list(valid_batches(damaged, 1))
