@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import orders
-from orders_table import workdir_of
+from orders_table import as_markdown, workdir_of
 
 # As in orders.py: an order, and changes to its config. "walk=" names the walk to take instead of
 # the one that would be chosen, "none" for no walk at all.
@@ -84,15 +84,11 @@ def started(options: Any, run: Any, optimizer: Any, seed: int) -> tuple[Any, flo
 
 def with_walk(run: Any, state: Any, name: str) -> Any:
     from lomdm_jax.evaluation.walk_choice import WALKS
-    from lomdm_jax.training.adaptation import make_adapter
+    from lomdm_jax.training.adaptation import make_adapter, set_walk
 
     if not name:
         return make_adapter(run)(state)
-    table = WALKS.get(name, np.zeros((2, 2), np.float32))
-    params, ema = (  # arrays of their own: the state is donated
-        tree | {"walk_head": {"table": run.replicate(table)}} for tree in (state.params, state.ema)
-    )
-    return state.replace(params=params, ema=ema)
+    return set_walk(run, state, WALKS.get(name, np.zeros((2, 2), np.float32)))
 
 
 def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
@@ -141,8 +137,7 @@ def write(options: Any, found: dict[str, list[dict[str, float]]]) -> None:
         rows.append([f"`{variant}`", f"{runs[0]['passes']:.2f}", *cells])
     with (options.folder / "order_search.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    rows.insert(1, ["---"] * len(rows[0]))
-    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    text = as_markdown(rows)
     (options.folder / "order_search.md").write_text(text)
     print(text)
 

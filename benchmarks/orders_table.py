@@ -81,15 +81,21 @@ def compare(options: argparse.Namespace, costs: dict[str, Cost]) -> list[dict[st
 
 def markdown(options: argparse.Namespace, table: list[dict[str, Any]]) -> str:
     at = f"at {options.steps} steps"
-    head = f"order | passes per step | {at} | to mdm | steps at equal passes | at equal passes "
-    head += "| to mdm | bits/byte | wall time"
-    rows = [head.split("|"), ["---"] * 9]
+    head = f"order | passes per step | {at} | to mdm | steps at equal passes | at equal passes"
+    head += " | to mdm | bits/byte | wall time"
+    rows = [head.split(" | ")]
     for row in table:
         steps, passes = (cells(row, name) for name in ("steps", "passes"))
         first = [f"`{row['order']}`", passes_per_step(row)]
         last = [f"{row['passes_bits_per_byte']:.3f}", f"{row['passes_seconds']:.0f} s"]
         rows.append([*first, *steps, f"{row['equal_passes_steps']}", *passes, *last])
-    return "".join(f"| {' | '.join(map(str.strip, row))} |\n" for row in rows)
+    return as_markdown(rows)
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *rest = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rest])
 
 
 def passes_per_step(row: dict[str, Any]) -> str:
@@ -110,18 +116,18 @@ def statistics(options: argparse.Namespace, variants: list[str]) -> str:
     from lomdm_jax.evaluation.order_statistics import CLASSES
 
     names = ["Kendall's tau", "velocity with confidence", *(f"rank: {name}" for name in CLASSES)]
-    rows = [["order", "", *names], ["---"] * (2 + len(names))]
+    rows = [["order", "", *names]]
     for variant in variants:
         files = [workdir_of(options, variant, s) / "order_statistics.json" for s in options.seeds]
         for when in ("before", "after"):
             found = [json.loads(file.read_text())[when] for file in files]
-            pick = [[f["kendall_tau"], f["velocity_confidence"]] for f in found]
-            pick = [
-                [*first, *f["rank_by_class"].values()] for first, f in zip(pick, found, strict=True)
+            seeds = [
+                [f["kendall_tau"], f["velocity_confidence"], *f["rank_by_class"].values()]
+                for f in found
             ]
-            means = [[cell["mean"] for cell in column] for column in zip(*pick, strict=True)]
+            means = [[cell["mean"] for cell in column] for column in zip(*seeds, strict=True)]
             rows.append([f"`{variant}`", when, *map(mean_range, means)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return as_markdown(rows)
 
 
 def mean_range(values: list[float | None]) -> str:

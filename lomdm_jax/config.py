@@ -48,7 +48,7 @@ _DEFAULTS = {
         # order itself. A flatter one shows the network more of the contexts of a sharp one.
         "temperature": 1.0,
         # How much of the weights by which cross-entropies teach the network is spread evenly over
-        # the masked positions; 0 is the bound's own gradient. A sharp order needs some.
+        # the masked positions; 0 is the bound's own gradient (benchmarks/README.md compares).
         "uniform_share": 0.0,
         # Blocks learn from a narrower range of masked shares, the one where the loss varies least,
         # searched for at every evaluation (BD3-LM). Off: then the loss is the bound itself.

@@ -1,7 +1,7 @@
 """Bounds on the likelihood of a data set, with their standard errors."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -103,15 +103,32 @@ def evaluate(
       progress: called with the number of sequences scored so far.
     """
     scores, tokens, total_bytes = [], [], 0
-    for number, batch in enumerate(batches):
-        index_B = np.arange(len(batch["tokens"])) + number * len(batch["tokens"])
-        terms = jax.device_get(scorer(params, place(batch), place(index_B), key))
-        real_B = batch["counted"].any(axis=-1)
-        scores.append(np.stack(terms, axis=-1)[real_B].astype(np.float64))
-        tokens.append(batch["counted"].sum(axis=-1)[real_B])
+    for batch, terms in over_batches(scorer, params, batches, key=key, place=place):
+        scores.append(np.stack(terms, axis=-1).astype(np.float64))
+        tokens.append(batch["counted"].sum(axis=-1))
         total_bytes += int(byte_lengths[batch["tokens"][batch["counted"]]].sum())
         progress(sum(map(len, tokens)))
     return _summarise(np.concatenate(scores), np.concatenate(tokens), total_bytes, draws)
+
+
+def over_batches(
+    function: Callable[[Any, dict[str, jax.Array], jax.Array, jax.Array], Any],
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    key: jax.Array,
+    place: Callable[[Any], Any],
+) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """Each batch and what function(params, batch, index [B], key) makes of it, on the host.
+
+    The index numbers the rows through all batches; rows without a counted token are left out of
+    what is yielded.
+    """
+    for number, batch in enumerate(batches):
+        index_B = np.arange(len(batch["tokens"])) + number * len(batch["tokens"])
+        found = jax.device_get(function(params, place(batch), place(index_B), key))
+        real_B = batch["counted"].any(axis=-1)
+        yield jax.tree.map(lambda a, real_B=real_B: a[real_B], (batch, found))
 
 
 def _summarise(

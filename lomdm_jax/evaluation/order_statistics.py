@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lomdm_jax.evaluation.likelihood import ratio
+from lomdm_jax.evaluation.likelihood import over_batches, ratio
 from lomdm_jax.evaluation.order_report import ACCENT, GREY, INK
 from lomdm_jax.generator import Generator
 from lomdm_jax.objectives import Objective
@@ -102,16 +102,9 @@ def measure(
       pieces: from token ids to their texts.
       place: puts host arrays on the devices.
     """
-    found, tokens, counted = [], [], []
-    for number, batch in enumerate(batches):
-        index_B = np.arange(len(batch["tokens"])) + number * len(batch["tokens"])
-        real_B = batch["counted"].any(axis=-1)
-        drawn = jax.device_get(draw(params, place(batch), place(index_B), key))
-        found.append(Draw(*(a[real_B] for a in drawn)))
-        tokens.append(batch["tokens"][real_B])
-        counted.append(batch["counted"][real_B])
-    joined = Draw(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
-    return summarise(joined, np.concatenate(tokens), np.concatenate(counted), pieces)
+    found = over_batches(draw, params, batches, key=key, place=place)
+    batch, draws = jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+    return summarise(draws, batch["tokens"], batch["counted"], pieces)
 
 
 def summarise(

@@ -13,35 +13,43 @@ import jax.numpy as jnp
 from lomdm_jax.orders.schedule import Weights
 
 
-def race_ranks(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
+def race_ranks(
+    key: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None = None
+) -> jax.Array:
     """Draw one order per row; positions that are not targets come before all others.
 
     Args:
       key: one PRNG key.
       weights: of the schedule, [..., L].
       targets_BL: which positions take part, bool [..., L].
+      reveals: how many are of interest, None for all. Where they are drawn one after another, the
+        drawing stops there, and all later positions have rank L.
 
     Returns:
       rank of each position, int32 [..., L]: 0 is revealed first, L - 1 last.
     """
     if weights.neighbours is not None:
-        return _walk(key, weights, targets_BL)
+        return _walk(key, weights, targets_BL, reveals)
     # Full-precision Gumbel noise: the default float32 draw cuts the tail of the race.
     gumbel = jax.random.gumbel(key, weights.log_w.shape, weights.log_w.dtype, mode="high")
     group = jnp.where(targets_BL, weights.group, -1)
     return invert(jnp.lexsort((-weights.log_w - gumbel, group), axis=-1))
 
 
-def row_ranks(keys_B: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
+def row_ranks(
+    keys_B: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None = None
+) -> jax.Array:
     """`race_ranks` of every row, int32 [B, L], each from a key of its own."""
 
     def draw(key: jax.Array, log_w_L: jax.Array, group_L: jax.Array, targets_L: jax.Array):
-        return race_ranks(key, Weights(log_w_L, group_L, weights.neighbours), targets_L)
+        return race_ranks(key, Weights(log_w_L, group_L, weights.neighbours), targets_L, reveals)
 
     return jax.vmap(draw)(keys_B, weights.log_w, weights.group, targets_BL)
 
 
-def _walk(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
+def _walk(
+    key: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None
+) -> jax.Array:
     """`race_ranks` one reveal after another."""
     length = targets_BL.shape[-1]
     given_BL = ~targets_BL
@@ -55,7 +63,8 @@ def _walk(key: jax.Array, weights: Weights, targets_BL: jax.Array) -> jax.Array:
         return jnp.where(chosen_BL, (before + step)[..., None], rank_BL), None
 
     start_BL = jnp.where(given_BL, jnp.cumsum(given_BL, axis=-1) - 1, length)
-    return jax.lax.scan(reveal, start_BL.astype(jnp.int32), jnp.arange(length))[0]
+    steps = jnp.arange(length if reveals is None else min(reveals, length))
+    return jax.lax.scan(reveal, start_BL.astype(jnp.int32), steps)[0]
 
 
 def invert(order: jax.Array) -> jax.Array:

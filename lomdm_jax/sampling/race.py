@@ -27,7 +27,7 @@ class Race(NamedTuple):
 
     def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
         weights = now.schedule.weights()
-        rank_BL = row_ranks(now.keys_B, weights, now.masked_BL)
+        rank_BL = row_ranks(now.keys_B, weights, now.masked_BL, self.reveal)
         done_B1 = jnp.sum(~now.masked_BL, axis=-1, keepdims=True)
         first_BL = rank_BL < done_B1 + self.reveal
         return first_BL & can_come_next(weights, now.masked_BL), now.log_t_B

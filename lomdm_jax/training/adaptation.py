@@ -1,6 +1,7 @@
 """What an evaluation changes in a run before it scores: the noise range that blocks are trained
 on, or the walk of an order."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,14 +49,11 @@ def _walk_choice(run: Run) -> Callable[[TrainState], TrainState]:
     key = run.replicate(jax.random.key(config.eval.seed))
 
     def nats(params: Any, table: np.ndarray) -> np.ndarray:
-        params = params | {"walk_head": {"table": run.replicate(table)}}
         rows = pipeline.train_batches(run.prepared, config.eval.batch_size, config.eval.seed)
-        found = []
-        for number in range(-(-walk_choice.SEQUENCES // config.eval.batch_size)):
-            index_B = np.arange(config.eval.batch_size) + number * config.eval.batch_size
-            terms = scorer(params, run.place(next(rows)), run.place(index_B), key)
-            found.append(jax.device_get(terms.main + terms.order))
-        return np.concatenate(found)
+        batches = itertools.islice(rows, -(-walk_choice.SEQUENCES // config.eval.batch_size))
+        params = _with_table(run, params, table)
+        found = likelihood.over_batches(scorer, params, batches, key=key, place=run.place)
+        return np.concatenate([terms.main + terms.order for _, terms in found])
 
     def adapt(state: TrainState) -> TrainState:
         walks_already = np.any(state.ema["walk_head"]["table"])
@@ -63,10 +61,17 @@ def _walk_choice(run: Run) -> Callable[[TrainState], TrainState]:
             return state
         choice = walk_choice.choose(lambda table: nats(state.ema, table))
         print(walk_choice.report(choice, length), flush=True)
-        params, ema = (
-            tree | {"walk_head": {"table": run.replicate(choice.table)}}
-            for tree in (state.params, state.ema)
-        )
-        return state.replace(params=params, ema=ema)
+        return set_walk(run, state, choice.table)
 
     return adapt
+
+
+def set_walk(run: Run, state: TrainState, table: np.ndarray) -> TrainState:
+    """The state with this table, float32 [2, 2]; see `orders.schedule.Weights`."""
+    params, ema = (_with_table(run, tree, table) for tree in (state.params, state.ema))
+    return state.replace(params=params, ema=ema)
+
+
+def _with_table(run: Run, params: Any, table: np.ndarray) -> Any:
+    """In an array of its own, because the state is donated."""
+    return params | {"walk_head": {"table": run.replicate(table)}}

@@ -134,6 +134,15 @@ def test_a_walk_is_the_chain_of_its_states(mirrored):
         assert jnp.exp(log_q) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_first_reveals_of_a_walk_are_those_of_the_whole():
+    weights = Weights(jnp.zeros((50, 6)), jnp.zeros((50, 6), jnp.int32), jnp.eye(2))
+    targets, keys = jnp.arange(6) % 3 > 0, jax.random.split(jax.random.key(0), 50)
+    targets = jnp.tile(targets, (50, 1))
+    whole = race.row_ranks(keys, weights, targets)
+    first = race.row_ranks(keys, weights, targets, reveals=3)
+    np.testing.assert_array_equal(first, jnp.where(whole < 2 + 3, whole, 6))
+
+
 def test_a_walk_reveals_only_targets_and_has_no_time():
     targets = jnp.tile(jnp.array([True, False, True, False]), (100, 1))
     flat = Walk(jnp.zeros((100, 4)), jnp.zeros((2, 2)))
