@@ -235,9 +235,10 @@ def _plain(value: Any) -> Any:
 def _draw_positions(axes: Axes, before: Statistics, after: Statistics) -> None:
     where = np.arange(len(after.rank_by_position))
     axes.plot(where, where / max(len(where) - 1, 1), "--", color=INK, lw=1, label="left to right")
-    for found, colour, label in ((before, GREY, "before"), (after, ACCENT, "after")):
+    # What was before is drawn larger, so that it shows where nothing has changed.
+    for found, colour, label, lw in ((before, GREY, "before", 4), (after, ACCENT, "after", 1.8)):
         mean, error = (np.array([m[i] for m in found.rank_by_position], float) for i in range(2))
-        axes.plot(where, mean, color=colour, lw=1.8, label=f"{label} training")
+        axes.plot(where, mean, color=colour, lw=lw, label=f"{label} training")
         bounds = (mean - 1.96 * error, mean + 1.96 * error)
         axes.fill_between(where, *bounds, color=colour, alpha=0.25, lw=0)
     axes.set(xlabel="position (tokens)", ylabel="mean reveal rank (0 first, 1 last)")
@@ -249,11 +250,11 @@ def _draw_positions(axes: Axes, before: Statistics, after: Statistics) -> None:
 def _draw_classes(axes: Axes, before: Statistics, after: Statistics) -> None:
     present = [name for name in CLASSES if after.rank_by_class[name].values >= RARE]
     where = np.arange(len(present))[::-1]
-    for found, colour in ((before, GREY), (after, ACCENT)):
+    for found, colour, size in ((before, GREY, 9), (after, ACCENT, 5)):
         means = [found.rank_by_class[name] for name in present]
         errors = [1.96 * m.standard_error for m in means]
         axes.errorbar(
-            [m.mean for m in means], where, xerr=errors, fmt="o", ms=5, color=colour, capsize=2
+            [m.mean for m in means], where, xerr=errors, fmt="o", ms=size, color=colour, capsize=2
         )
     axes.axvline(0.5, color=GREY, lw=0.8, ls=":")
     axes.set_yticks(where, present)
