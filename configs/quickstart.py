@@ -20,6 +20,10 @@ def get_config(order: str = "lomdm") -> ConfigDict:
         config.objective.temperature = 2.0
         config.objective.uniform_share = 0.5
         config.train.random_steps = 400  # half of them
+    if order == "lomdm-ranked":
+        config.train.random_steps = 200  # a quarter of them
+        config.objective.mask_samples = 2
+        config.model.head_layers = 0
     config.data.length = 32  # short sequences leave the unigram plateau soonest
 
     config.model.width = 64  # on two cores, more steps beat more width

@@ -9,7 +9,9 @@ from lomdm_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("ancestral", "race")
+LAYOUTS = ("own", "ranked")
 GRIDS = ("even", "linear")
+GIVEN = ("text", "posterior")
 
 
 # By section; `validate` says what each leaf may be.
@@ -31,6 +33,9 @@ _DEFAULTS = {
         "head_layers": 1,  # blocks in each order head, as in the paper; 0 costs next to nothing
         "dropout": 0.1,
         "dtype": "float32",  # compute dtype; parameters and losses are float32 always
+        # "own": what suits the order, with a shift or blocks where it is fixed and two-sided where
+        # not. "ranked": one pass over twice the length scores a whole order, whichever it is.
+        "layout": "own",
         "time_conditioning": False,  # the exact race needs a network that does not see t
     },
     "order": {
@@ -50,6 +55,9 @@ _DEFAULTS = {
         # How much of the weights by which cross-entropies teach the network is spread evenly over
         # the masked positions; 0 is the bound's own gradient (benchmarks/README.md compares).
         "uniform_share": 0.0,
+        # On the ranked layout, share of the rows in which a random span comes last: from them the
+        # network learns to fill a blank. 0 is the bound, of an order that may never fill one.
+        "blank_share": 0.0,
         # Blocks learn from a narrower range of masked shares, the one where the loss varies least,
         # searched for at every evaluation (BD3-LM). Off: then the loss is the bound itself.
         "clip_noise": False,
@@ -89,6 +97,11 @@ _DEFAULTS = {
     "sample": {
         "sampler": "race",  # exact; "ancestral" for a fixed number of calls
         "reveal": 1,  # race: positions per network call; 1 is exact
+        # Ranked layout: a call reveals fewer than that if drawing their tokens independently could
+        # lose more than this many nats, by the sum of their entropies less the largest.
+        "dependence": float("inf"),
+        "given": "text",  # ranked layout: the order in which prompt and suffix are read, as in the
+        # "text" or as the order's "posterior" would have it
         "steps": 64,  # ancestral: network calls
         "grid": "even",  # ancestral: even progress, or the literature's "linear" in t
         "count": 8,  # sequences
@@ -132,11 +145,12 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
-    "eval.sequences train.seed eval.seed sample.seed"
+    "eval.sequences sample.dependence train.seed eval.seed sample.seed"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "
-    "objective.reconstruction_share data.valid_share objective.uniform_share"
+    "objective.reconstruction_share data.valid_share objective.uniform_share "
+    "objective.blank_share"
 ).split()
 _ABOVE_ZERO = ("objective.eps", "objective.reconstruction_share", "data.valid_share")
 
@@ -171,8 +185,10 @@ def _check_choices(config: ConfigDict) -> None:
         "objective.name": objectives.NAMES,
         "eval.estimator": objectives.NAMES,
         "model.dtype": DTYPES,
+        "model.layout": LAYOUTS,
         "sample.sampler": SAMPLERS,
         "sample.grid": GRIDS,
+        "sample.given": GIVEN,
     }
     for key, allowed in choices.items():
         if leaf(config, key) not in allowed:
@@ -213,6 +229,10 @@ def _check_combinations(config: ConfigDict) -> None:
             "from one to the next before it is complete: use 'race', with sample.reveal for more "
             "than one position of a group at a time.",
         )
+    if made.one_pass(config.model.layout) == "order":
+        _check_ranked(config, made)
+    elif config.objective.blank_share:
+        _reject(config, "objective.blank_share", 'it needs model.layout = "ranked": use 0.')
     if made.walks:
         _check_walk(config)
     if config.train.random_steps:
@@ -227,6 +247,27 @@ def _check_combinations(config: ConfigDict) -> None:
         _reject(config, "data.length", "objective.ignore_first leaves nothing: use 2 or more.")
     if config.model.time_conditioning:
         _check_time_conditioning(config, made)
+
+
+def _check_ranked(config: ConfigDict, order: orders.Order) -> None:
+    why = "the ranked layout scores whole orders, without a time: use "
+    if order.scores not in ("none", "pointer"):
+        remedy = (
+            f"order.name = {config.order.name!r} reads states, which it has none of: use 'own'."
+        )
+        _reject(config, "model.layout", remedy)
+    needed = {
+        "objective.name": "order",
+        "eval.estimator": "order",
+        "objective.temperature": 1.0,
+        "objective.uniform_share": 0.0,
+        "objective.clip_noise": False,
+        "model.time_conditioning": False,
+        "sample.sampler": "race",
+    }
+    for key, value in needed.items():
+        if leaf(config, key) != value:
+            _reject(config, key, f"{why}{value!r}.")
 
 
 def _check_walk(config: ConfigDict) -> None:

@@ -4,14 +4,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.order_head import Pointed
 from lomdm_jax.models.transformer import Sizes
+from lomdm_jax.models.visibility import Memory
 from lomdm_jax.objectives.nelbo import Reverse
 from lomdm_jax.orders import Order, make_order
-from lomdm_jax.orders.schedule import Schedule, Walk
+from lomdm_jax.orders.learned import TRIALS, trial_of
+from lomdm_jax.orders.schedule import Schedule, Walk, Weights
 
 # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - 1e-3) t), finite at t = 1.
 SIGMA_EPS = 1e-3
@@ -24,49 +28,71 @@ class Generator(NamedTuple):
     order: from scores to schedules.
     mask_id: id of the mask token.
     time_conditioning: whether the network is told the noise level at t.
-    random: whether what is learned of the order is left out; see `at_random`.
+    one_pass: what a pass of the network scores: one "state", all "groups" of an order, or a whole
+      "order" on the ranked layout; see `make_objective`.
+    random: if above 0, what is learned of the order is left out; see `at_random`.
     """
 
     graphdef: Any
     order: Order
     mask_id: int
     time_conditioning: bool = False
-    random: bool = False
+    one_pass: str = "state"
+    random: int = 0
 
-    def at_random(self) -> "Generator":
-        """The same network under the order that a learned one starts from, which is uniformly
-        random: the heads have no part in it, and under jit they cost nothing."""
-        return self._replace(random=True)
+    def at_random(self, draws: int = 1) -> "Generator":
+        """The same network under the order that a learned one starts from: the heads have no part
+        in it, and under jit they cost nothing.
+
+        It is uniformly random; on the ranked layout, if the order has a walk, the walks that it
+        may have take turns (`orders.learned.TRIALS`).
+
+        draws: K, orders that are drawn for each row.
+        """
+        return self._replace(random=draws)
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether several walks take turns."""
+        return bool(self.random) and self.order.walks and self.one_pass == "order"
 
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
         module = self._module(params)
-        if self.random:
-            return self._schedule(module, jnp.zeros(x_BL.shape))
-        return self._schedule(module, module.forward_scores(x_BL))
+        return self._schedule(
+            module, jnp.zeros(x_BL.shape) if self.random else module.forward_scores(x_BL)
+        )
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
         logits [K, B, L, V] and the reverse schedule, parameters [K, B, L]."""
 
         def call(
-            z_KBL: jax.Array, log_t_B: jax.Array | None, context_BL: jax.Array | None = None
+            z_KBL: jax.Array,
+            log_t_B: jax.Array | None,
+            context_BL: jax.Array | None = None,
+            rank_KBL: jax.Array | None = None,
         ) -> tuple[jax.Array, Schedule]:
             count = z_KBL.shape[0]
             context_NL = None if context_BL is None else jnp.repeat(context_BL, count, axis=0)
-            # Rows of one example stay neighbours, so that a batch split over devices stays split.
-            z_NL = z_KBL.swapaxes(0, 1).reshape(-1, z_KBL.shape[-1])
             module = self._module(params)
-            logits_NLV, scores_NL = module.denoise(
-                z_NL, self._sigma(log_t_B, count), _split_keys(dropout_keys_B, count), context_NL
+            found_N = module.denoise(
+                _rows(z_KBL),
+                self._sigma(log_t_B, count),
+                _split_keys(dropout_keys_B, count),
+                context_NL,
+                None if rank_KBL is None else _rows(rank_KBL),
             )
-            logits, scores = (
-                jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1)
-                for a in (logits_NLV, scores_NL)
+            logits, scores = jax.tree.map(
+                lambda a: jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1), found_N
             )
             return logits, self._schedule(module, scores)
 
         return call
+
+    def recaller(self, params: Any, length: int) -> "Recall":
+        """The model as `sampling.recall` calls it, for sequences of `length` tokens."""
+        return Recall(self, self._module(params), length)
 
     def _module(self, params: Any) -> Denoiser:
         if self.random:  # rates per token also tilt the logits
@@ -74,16 +100,47 @@ class Generator(NamedTuple):
             params = params | jax.tree.map(jnp.zeros_like, heads)
         return nnx.merge(self.graphdef, params)
 
-    def _schedule(self, module: Denoiser, scores: jax.Array) -> Schedule:
-        schedule = self.order.schedule(jnp.zeros_like(scores) if self.random else scores)
-        if self.random or not self.order.walks:
+    def _schedule(self, module: Denoiser, scores: jax.Array | Pointed) -> Schedule:
+        log_w = scores.log_w if isinstance(scores, Pointed) else scores
+        schedule = self.order.schedule(jnp.zeros_like(log_w) if self.random else log_w)
+        if not self.order.walks or (self.random and not self.on_trial):
             return schedule
-        return Walk(schedule.weights().log_w, jax.lax.stop_gradient(module.walk_head.table[...]))
+        log_w = schedule.weights().log_w
+        if self.on_trial:
+            tables = jnp.asarray(np.stack(list(TRIALS.values())))
+            return Walk(log_w, tables[trial_of(self.random, log_w.shape[-2])])
+        table = jax.lax.stop_gradient(module.walk_head.table[...])
+        if not isinstance(scores, Pointed):
+            return Walk(log_w, table)
+        return Walk(log_w, table + scores.neighbours, scores.moves)
 
     def _sigma(self, log_t_B: jax.Array | None, count: int) -> jax.Array | None:
         if not self.time_conditioning or log_t_B is None:
             return None
         return jnp.repeat(-jnp.log1p(-(1 - SIGMA_EPS) * jnp.exp(log_t_B)), count)
+
+
+class Recall(NamedTuple):
+    """See `sampling.recall.Recaller`."""
+
+    generator: Generator
+    module: Denoiser
+    length: int
+
+    def start(self, rows: int) -> tuple[list[Memory], Weights]:
+        shape = (rows, self.length)
+        pointer = self.module.scores == "pointer"
+        scores = self.module.prior_head.tables(rows) if pointer else jnp.zeros(shape)
+        schedule = self.generator._schedule(self.module, scores)
+        return self.module.backbone.memories(*shape), schedule.weights()
+
+    def read(
+        self, memory: Any, tokens_BQ: jax.Array, positions_BQ: jax.Array, slots_BQ: jax.Array
+    ) -> tuple[jax.Array | None, Any]:
+        return self.module.read(tokens_BQ, positions_BQ, slots_BQ, memory)
+
+    def ask(self, memory: Any, positions_BQ: jax.Array, slots_BQ: jax.Array) -> jax.Array:
+        return self.module.ask(positions_BQ, slots_BQ, memory)
 
 
 def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generator:
@@ -94,7 +151,9 @@ def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generat
     module = nnx.eval_shape(lambda: _denoiser(config, vocab_size, mask_id, nnx.Rngs(0)))
     graphdef, _, *rest = nnx.split(module, nnx.Param, ...)
     assert not jax.tree.leaves(rest), "the model must hold parameters and nothing else"
-    return Generator(graphdef, make_order(**config.order), mask_id, config.model.time_conditioning)
+    order = make_order(**config.order)
+    one_pass = order.one_pass(config.model.layout)
+    return Generator(graphdef, order, mask_id, config.model.time_conditioning, one_pass)
 
 
 def init_params(config: ConfigDict, vocab_size: int, key: jax.Array) -> Any:
@@ -114,17 +173,32 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
         dropout=model.dropout,
         dtype=jnp.dtype(model.dtype),
     )
-    order = make_order(**config.order)
-    groups = tuple(order.groups(config.data.length).tolist()) if order.groups else None
+    order, length = make_order(**config.order), config.data.length
+    groups = tuple(order.groups(length).tolist()) if order.groups else None
     return Denoiser(
         sizes,
+        length=length,
         mask_id=mask_id,
         scores=order.scores,
         head_layers=model.head_layers,
         walks=order.walks,
+        layout=_layout(order.one_pass(model.layout), groups),
         groups=groups,
         rngs=rngs,
     )
+
+
+def _layout(one_pass: str, groups: tuple[int, ...] | None) -> str:
+    """The layout of attention; see `Denoiser`."""
+    if one_pass == "state" or groups is None:
+        return "full" if one_pass == "state" else "ranked"
+    return "causal" if one_pass == "groups" and len(set(groups)) == len(groups) else "ranked"
+
+
+def _rows(a_KBL: jax.Array) -> jax.Array:
+    """[B K, L]: rows of one example stay neighbours, so that a batch split over devices stays
+    split."""
+    return a_KBL.swapaxes(0, 1).reshape(-1, a_KBL.shape[-1])
 
 
 def _split_keys(keys_B: jax.Array | None, count: int) -> jax.Array | None:

@@ -18,8 +18,8 @@ from lomdm_jax.evaluation import likelihood, order_statistics
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
 from lomdm_jax.generator import Generator, init_params
 from lomdm_jax.run import Run, objective_for, valid_batches
-from lomdm_jax.sampling import make_chooser
-from lomdm_jax.sampling.driver import Samples, generate
+from lomdm_jax.sampling import make_sampler
+from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.training.adaptation import make_adapter
 from lomdm_jax.training.checkpoint import Checkpoints, Restored, check_facts, facts
 from lomdm_jax.training.loop import Batches, Loop
@@ -185,7 +185,8 @@ def _steps(
     learned = compiled_step(run, run.generator, optimizer, state)
     if first >= until:
         return lambda number, *inputs: learned(*inputs)
-    random = compiled_step(run, run.generator.at_random(), optimizer, state)
+    draws = run.config.objective.mask_samples
+    random = compiled_step(run, run.generator.at_random(draws), optimizer, state)
     return lambda number, *inputs: (random if number <= until else learned)(*inputs)
 
 
@@ -200,6 +201,7 @@ def compiled_step(
         config.objective.mask_samples,
         temperature=config.objective.temperature,
         uniform_share=config.objective.uniform_share,
+        blank_share=config.objective.blank_share,
     )
     copies = meshes.replicated(run.mesh)
     step = jax.jit(
@@ -274,17 +276,10 @@ def _saved_parameters(run: Run) -> Any:
 
 def _generate(run: Run, params: Any) -> Samples:
     """`sample.count` sequences around the prompt and the suffix, on the host."""
-    config = run.config.sample
     tokens_BL, given_BL = _given(run)
-    chooser = make_chooser(config, run.config.data.length)
-
-    def call(params: Any, key: jax.Array, tokens_BL: jax.Array, given_BL: jax.Array) -> Samples:
-        reverse = run.generator.reverse(params)
-        mask_id = run.generator.mask_id
-        return generate(key, reverse, chooser, tokens_BL, given_BL, mask_id=mask_id)
-
-    key = run.replicate(jax.random.key(config.seed))
-    return jax.device_get(jax.jit(call)(params, key, run.place(tokens_BL), run.place(given_BL)))
+    key = run.replicate(jax.random.key(run.config.sample.seed))
+    sampler = jax.jit(make_sampler(run.config.sample, run.generator))
+    return jax.device_get(sampler(params, key, run.place(tokens_BL), run.place(given_BL)))
 
 
 def _given(run: Run) -> tuple[np.ndarray, np.ndarray]:

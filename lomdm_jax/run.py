@@ -47,19 +47,17 @@ def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
     return Run(config, workdir, prepared, generator, mesh)
 
 
-def objective_for(
-    run: Run, name: str, samples: int, *, temperature: float = 1.0, uniform_share: float = 0.0
-) -> Objective:
-    """The estimator called `name` with `samples` draws, for this run's mask token."""
+def objective_for(run: Run, name: str, samples: int, **training: float) -> Objective:
+    """The estimator called `name` with `samples` draws, for this run's mask token and layout;
+    training: see `make_objective`, what makes the estimate another than the bound."""
     return make_objective(
         name,
         mask_id=run.generator.mask_id,
         samples=samples,
-        temperature=temperature,
-        uniform_share=uniform_share,
         eps=run.config.objective.eps,
         reconstruction_share=run.config.objective.reconstruction_share,
-        in_groups=run.generator.order.groups is not None,
+        one_pass=run.generator.one_pass,
+        **training,
     )
 
 

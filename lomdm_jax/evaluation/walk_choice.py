@@ -11,13 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Nats that a revealed neighbour adds: e^8 is 3,000 to 1, so a text is written from its start on,
-# from its end back, or from both ends and anything given; the table is indexed [left][right].
-WALKS = {
-    "to the right": np.array([[0, 0], [8, 8]], np.float32),
-    "to the left": np.array([[0, 8], [0, 8]], np.float32),
-    "to both sides": np.array([[0, 8], [8, 8]], np.float32),
-}
+from lomdm_jax.orders.learned import WALKS
 
 # Training sequences that a choice reads.
 SEQUENCES = 256

@@ -1,13 +1,16 @@
-"""The network as objectives and samplers use it: backbone, output and the two order heads."""
+"""The network as objectives and samplers use it: backbone, output and the heads of the order."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lomdm_jax.models.order_head import OrderHead, TokenHead, WalkHead
+from lomdm_jax.models.order_head import OrderHead, Pointed, Pointer, TokenHead, WalkHead
 from lomdm_jax.models.transformer import Sizes, Transformer
-from lomdm_jax.models.visibility import View, causal, doubled, full
+from lomdm_jax.models.visibility import Cached, View, causal, full, ranked
 
 
 class Denoiser(nnx.Module):
@@ -15,33 +18,39 @@ class Denoiser(nnx.Module):
 
     The heads see the hidden states through a stop-gradient, so that the order terms train the
     heads only and the cross-entropy trains the backbone only. GenMD4 has one rate per vocabulary
-    entry instead, and its reverse rates train the backbone too.
+    entry instead, and its reverse rates train the backbone too. On the ranked layout the two are
+    pointers: the posterior sees all of x, the prior the contents revealed so far.
 
     Args:
       sizes: of the backbone; the heads share its width.
+      length: positions of a sequence; matters to pointers only.
       mask_id: id of the mask token.
       head_layers: blocks in each order head.
       scores: what the order is learned from: "position" for a score per position from the two
-        heads, "token" for one per vocabulary entry, "none" for a fixed order.
+        heads, "token" for one per vocabulary entry, "pointer" for which position follows which,
+        "none" for a fixed order.
       walks: whether it holds a table over the neighbours.
-      groups: the group of each position if the order is fixed, 0 first, and attention is to
-        follow it; None for bidirectional attention. One position per group is a causal model with
-        a shift, more are BD3-LM's doubled sequence; see `visibility`.
+      layout: "full" for bidirectional attention; "causal" for a causal model with a shift, in a
+        fixed order of single positions; "ranked" for queries and contents, in any order.
+      groups: of "causal", and of "ranked" where no ranks are passed: the group of each position,
+        0 first.
     """
 
     def __init__(
         self,
         sizes: Sizes,
         *,
+        length: int = 1,
         mask_id: int,
         scores: str,
         head_layers: int = 1,
         walks: bool = False,
+        layout: str = "full",
         groups: tuple[int, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         self.backbone = Transformer(sizes, rngs=rngs)
-        self.mask_id, self.scores, self.groups = mask_id, scores, groups
+        self.mask_id, self.scores, self.layout, self.groups = mask_id, scores, layout, groups
         if walks:
             self.walk_head = WalkHead()
         if scores == "token":
@@ -49,6 +58,9 @@ class Denoiser(nnx.Module):
         if scores == "position":
             self.forward_head = OrderHead(sizes, head_layers, rngs=rngs)
             self.reverse_head = OrderHead(sizes, head_layers, rngs=rngs)
+        if scores == "pointer":
+            self.posterior_head = Pointer(sizes, length, head_layers, rngs=rngs)
+            self.prior_head = Pointer(sizes, length, 0, rngs=rngs)
 
     def denoise(
         self,
@@ -56,18 +68,23 @@ class Denoiser(nnx.Module):
         sigma_B: jax.Array | None = None,
         dropout_keys_B: jax.Array | None = None,
         context_BL: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Logits, float32 [B, L, vocab_size], and reverse scores, float32 [B, L].
+        rank_BL: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | Pointed]:
+        """Logits, float32 [B, L, vocab_size], and reverse scores, float32 [B, L] (of a pointer, see
+        `Pointed`).
 
         Args:
           z_BL: token ids, masked positions holding the mask id, int32.
           sigma_B: noise level for time conditioning, float32; None feeds zeros, as MDLM does.
           dropout_keys_B: one key per row to train with dropout; None for none.
-          context_BL: with `groups`, what a position sees of the groups before its own: the clean
-            text, to learn all groups in one pass. None for z itself, right for the group that is
-            being revealed. Without `groups` a position sees z.
+          context_BL: on the layouts that follow an order, what a position sees of those before
+            it: the clean text, to learn all of them in one pass. None for z itself, right for the
+            group that is being revealed. On the full layout a position sees z.
+          rank_BL: on the ranked layout, when each position is revealed, int32, 0 first; None for
+            the groups.
         """
-        tokens_BQ, view, places_L = self._layout(z_BL, z_BL if context_BL is None else context_BL)
+        context_BL = z_BL if context_BL is None else context_BL
+        tokens_BQ, view, places_L = self._layout(z_BL, context_BL, rank_BL)
         cond_BD = self._condition(z_BL, sigma_B)
         hidden_BQD = self.backbone.hidden(tokens_BQ, cond_BD, view, dropout_keys_B)
         hidden_BLD = hidden_BQD if places_L is None else hidden_BQD[:, places_L]
@@ -77,37 +94,73 @@ class Denoiser(nnx.Module):
         if self.scores == "token":
             is_mask_V = jnp.arange(logits_BLV.shape[-1]) == self.mask_id
             return self.token_head.reverse(jnp.where(is_mask_V, -jnp.inf, logits_BLV))
-        features = jax.lax.stop_gradient((hidden_BLD, cond_BD))
+        features = jax.lax.stop_gradient((hidden_BQD, cond_BD))
+        if self.scores == "pointer":
+            return logits_BLV, self.prior_head(features[0][:, z_BL.shape[1] :], cond_BD, view)
         return logits_BLV, self.reverse_head(*features, view)
 
-    def forward_scores(self, x_BL: jax.Array) -> jax.Array:
-        """Scores of the clean sequence x, float32 [B, L]; zeros, for free, if the order is fixed.
+    def forward_scores(self, x_BL: jax.Array) -> jax.Array | Pointed:
+        """Scores of the clean sequence x, as of `denoise`; zeros, for free, if the order is fixed.
 
-        The pass over x carries no gradient and no dropout: its output defines q.
+        The pass over x carries no gradient and no dropout: its output defines q. A pointer reads
+        the token table instead of making a pass.
         """
         if self.scores == "none":
             return jnp.zeros(x_BL.shape, jnp.float32)
         if self.scores == "token":
             return self.token_head.forward(x_BL)
         view, cond_BD = full(x_BL.shape[1]), self._condition(x_BL, None)
+        if self.scores == "pointer":
+            embedded_BLD = self.backbone.vocab_embed(x_BL)
+            return self.posterior_head(*jax.lax.stop_gradient((embedded_BLD, cond_BD)), view)
         hidden_BLD = self.backbone.hidden(x_BL, cond_BD, view)
         return self.forward_head(*jax.lax.stop_gradient((hidden_BLD, cond_BD)), view)
 
+    def ask(
+        self, positions_BQ: jax.Array, slots_BQ: jax.Array, memories: Sequence[Any]
+    ) -> jax.Array:
+        """Logits [B, Q, vocab_size] of positions, each as if it alone came next at its slot.
+
+        The ranked layout without what it has read already: see `visibility.Cached`.
+        """
+        tokens_BQ = jnp.full_like(positions_BQ, self.mask_id)
+        cond_BD = self._condition(tokens_BQ, None)
+        view = Cached(positions_BQ, slots_BQ, write=False)
+        hidden_BQD, _ = self.backbone.recall(tokens_BQ, cond_BD, view, memories)
+        return self.backbone.output_layer(hidden_BQD, cond_BD)
+
+    def read(
+        self,
+        tokens_BQ: jax.Array,
+        positions_BQ: jax.Array,
+        slots_BQ: jax.Array,
+        memories: Sequence[Any],
+    ) -> tuple[jax.Array | None, Sequence[Any]]:
+        """Remember tokens as the contents of their slots (ranks), those beyond the end not; and
+        what a pointer says of the moves from each, float32 [B, Q, 2 W + 1]."""
+        view = Cached(positions_BQ, slots_BQ, write=True)
+        cond_BD = self._condition(tokens_BQ, None)
+        hidden_BQD, memories = self.backbone.recall(tokens_BQ, cond_BD, view, memories)
+        moves = self.prior_head.moves(hidden_BQD) if self.scores == "pointer" else None
+        return moves, memories
+
     def _layout(
-        self, z_BL: jax.Array, context_BL: jax.Array
+        self, z_BL: jax.Array, context_BL: jax.Array, rank_BL: jax.Array | None
     ) -> tuple[jax.Array, View, np.ndarray | None]:
         """Input tokens [B, Q], who sees whom, and where each position's output stands."""
         length = z_BL.shape[1]
-        if self.groups is None:
+        if self.layout == "full":
             return z_BL, full(length), None
-        group_L = np.asarray(self.groups)
-        if len(set(self.groups)) < length:
+        if self.layout == "ranked":
+            rank = jnp.asarray(self.groups)[None] if rank_BL is None else rank_BL
             tokens_BQ = jnp.concatenate([z_BL, context_BL], axis=1)
-            return tokens_BQ, doubled(group_L), np.arange(length)
+            return tokens_BQ, ranked(rank), np.arange(length)
+        assert self.groups is not None
         # In the order of generation, each slot holds the token before the one that it predicts.
-        before_BL = context_BL[:, np.argsort(group_L)[:-1]]
+        before_BL = context_BL[:, np.argsort(self.groups)[:-1]]
         start_B1 = jnp.full_like(z_BL[:, :1], self.mask_id)
-        return jnp.concatenate([start_B1, before_BL], axis=1), causal(length), group_L
+        tokens_BQ = jnp.concatenate([start_B1, before_BL], axis=1)
+        return tokens_BQ, causal(length), np.asarray(self.groups)
 
     def _condition(self, tokens_BL: jax.Array, sigma_B: jax.Array | None) -> jax.Array:
         sigma_B = jnp.zeros(tokens_BL.shape[0]) if sigma_B is None else sigma_B

@@ -1,4 +1,7 @@
-"""What an order is learned with: LoMDM's order head (arXiv 2602.02112), GenMD4's rates."""
+"""What an order is learned with: LoMDM's order head (arXiv 2602.02112), GenMD4's rates, and
+pointers."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +36,7 @@ class OrderHead(nnx.Module):
     def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, view: View) -> jax.Array:
         """Scores, float32 [B, L]."""
         for block in self.blocks:
-            x_BLD = block(x_BLD, cond_BD, view)
+            x_BLD, _ = block(x_BLD, cond_BD, view)
         h_BLD = self.norm(x_BLD)
         h_BLD = jax.nn.gelu(self.mlp["0"](h_BLD), approximate=True)
         return self.mlp["2"](h_BLD)[..., 0].astype(jnp.float32)
@@ -47,6 +50,61 @@ class WalkHead(nnx.Module):
 
     def __init__(self):
         self.table = nnx.Param(jnp.zeros((2, 2), jnp.float32))
+
+
+class Pointed(NamedTuple):
+    """What a pointer says of each row, float32: log_w [B, L], neighbours [B, 2, 2] and
+    moves [B, L, 2 W + 1]; see `orders.schedule.Weights`. Zeros are a uniformly random order."""
+
+    log_w: jax.Array
+    neighbours: jax.Array
+    moves: jax.Array
+
+
+class Pointer(nnx.Module):
+    """Which position comes next, from the one that was revealed last.
+
+    The sum of a table over positions, one over whether the neighbours are revealed, one over the
+    distance from the last position, and a term over that distance read off its hidden state. All
+    start at zero. The tables are a handful of numbers shared by every step of every sequence.
+
+    Args:
+      sizes: of the backbone.
+      length: positions of a sequence.
+      layers: blocks on top of what is read, 0 for none.
+    """
+
+    WINDOW = 16  # distances are told apart up to here
+    # Under Adam a table then moves this many times as fast as a weight: 0.1 nats per step at a
+    # rate of 3e-3. Steps of a weight's size would take thousands to say anything.
+    RATE = 30.0
+
+    def __init__(self, sizes: Sizes, length: int, layers: int, *, rngs: nnx.Rngs):
+        distances = 2 * self.WINDOW + 1
+        self.position, self.distance, self.neighbours = (
+            nnx.Param(jnp.zeros(shape, jnp.float32)) for shape in ((length,), (distances,), (2, 2))
+        )
+        plain = sizes._replace(dropout=0.0)
+        self.blocks = nnx.List(Block(plain, rngs=rngs) for _ in range(layers))
+        self.norm = layer_norm(sizes.width, rngs)
+        self.content = linear(sizes.width, distances, zero=True, rngs=rngs, dtype=sizes.dtype)
+
+    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array, view: View) -> Pointed:
+        """From hidden states of the contents, [B, L, width], each as it is when revealed."""
+        for block in self.blocks:
+            x_BLD, _ = block(x_BLD, cond_BD, view)
+        return self.tables(len(x_BLD))._replace(moves=self.moves(x_BLD))
+
+    def tables(self, rows: int) -> Pointed:
+        """What it says as long as no content is read, for `rows` rows."""
+        moves = jnp.broadcast_to(self.distance[...], (self.position.shape[0], len(self.distance)))
+        tables = Pointed(self.position[...], self.neighbours[...], moves)
+        return jax.tree.map(lambda a: jnp.broadcast_to(self.RATE * a, (rows, *a.shape)), tables)
+
+    def moves(self, x_BLD: jax.Array) -> jax.Array:
+        """float32 [B, L, 2 W + 1], a row for each content."""
+        content_BLM = self.content(self.norm(x_BLD)).astype(jnp.float32)
+        return content_BLM + self.RATE * self.distance[...]
 
 
 class TokenHead(nnx.Module):

@@ -6,13 +6,14 @@ with a Linear's `weight` [out, in] stored as `kernel` [in, out] and a norm's `we
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lomdm_jax.models.visibility import View
+from lomdm_jax.models.visibility import Memory, View
 
 # torch.nn.Linear's default: uniform within 1 / sqrt(fan_in).
 _torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -49,11 +50,11 @@ def layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-5, use_bias=False, dtype=jnp.float32, rngs=rngs)
 
 
-def rotary(x_BLHD: jax.Array, positions_L: jax.Array) -> jax.Array:
-    """Rotate halves by position (base 10000, full head dimension), in float32."""
+def rotary(x_BLHD: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotate halves by position [L] or [B, L] (base 10000, full head dimension), in float32."""
     half = x_BLHD.shape[-1] // 2
     frequency_D = 10000.0 ** (-jnp.arange(half) / half)
-    angle_L1D = positions_L[:, None, None] * frequency_D
+    angle_L1D = positions[..., None, None] * frequency_D
     cos, sin = jnp.cos(angle_L1D), jnp.sin(angle_L1D)
     first, second = jnp.split(x_BLHD.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -138,24 +139,25 @@ class Block(nnx.Module):
         view: View,
         dropout_keys_B: jax.Array | None = None,
         salt: int = 0,
-    ) -> jax.Array:
+        memory: Any = None,
+    ) -> tuple[jax.Array, Any]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.adaLN_modulation(cond_BD), 6, axis=-1
         )
-        h_BLD = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), view)
+        h_BLD, memory = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), view, memory)
         x_BLD = x_BLD + gate1[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt)
         h_BLD = self.mlp["0"](_modulate(self.norm2(x_BLD), shift2, scale2))
         h_BLD = self.mlp["2"](jax.nn.gelu(h_BLD, approximate=True))
-        return x_BLD + gate2[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
+        h_BLD = dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
+        return x_BLD + gate2[:, None] * h_BLD, memory
 
-    def _attend(self, x_BLD: jax.Array, view: View) -> jax.Array:
+    def _attend(self, x_BLD: jax.Array, view: View, memory: Any) -> tuple[jax.Array, Any]:
         batch, length, width = x_BLD.shape
         qkv = self.attn_qkv(x_BLD).reshape(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        query, key = (rotary(a, view.positions_Q) for a in (query, key))
-        mask = None if view.mask_QQ is None else view.mask_QQ[None, None]
-        mixed_BLHD = jax.nn.dot_product_attention(query, key, value, mask=mask)
-        return self.attn_out(mixed_BLHD.reshape(batch, length, width))
+        query, key = (rotary(a, view.positions) for a in (query, key))
+        mixed_BLHD, memory = view.attend(query, key, value, memory)
+        return self.attn_out(mixed_BLHD.reshape(batch, length, width)), memory
 
 
 class Embedding(nnx.Module):
@@ -196,6 +198,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
+        self.sizes = sizes
         self.vocab_embed = Embedding(sizes.vocab_size, width, rngs=rngs)
         self.sigma_map = TimestepEmbedder(cond_dim, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(Block(sizes, rngs=rngs) for _ in range(sizes.layers))
@@ -213,7 +216,26 @@ class Transformer(nnx.Module):
         dropout_keys_B: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states [B, L, width]; the residual stream is float32, as in MDLM."""
-        x_BLD = self.vocab_embed(tokens_BL)
-        for index, block in enumerate(self.blocks):
-            x_BLD = block(x_BLD, cond_BD, view, dropout_keys_B, index)
-        return x_BLD
+        nothing = [None] * len(self.blocks)
+        return self.recall(tokens_BL, cond_BD, view, nothing, dropout_keys_B)[0]
+
+    def memories(self, rows: int, slots: int) -> list[Memory]:
+        """Of every block, with nothing in them."""
+        size = self.sizes
+        shape = (rows, slots, size.heads, size.width // size.heads)
+        return [Memory(*(jnp.zeros(shape, size.dtype) for _ in "kv")) for _ in self.blocks]
+
+    def recall(
+        self,
+        tokens_BL: jax.Array,
+        cond_BD: jax.Array,
+        view: View,
+        memories: Sequence[Any],
+        dropout_keys_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, list[Any]]:
+        """Hidden states, and what each block remembers afterwards; see `visibility.Cached`."""
+        x_BLD, after = self.vocab_embed(tokens_BL), []
+        for index, (block, memory) in enumerate(zip(self.blocks, memories, strict=True)):
+            x_BLD, memory = block(x_BLD, cond_BD, view, dropout_keys_B, index, memory)
+            after.append(memory)
+        return x_BLD, after

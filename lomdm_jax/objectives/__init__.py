@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lomdm_jax.errors import UserError
 from lomdm_jax.objectives import nelbo
 from lomdm_jax.objectives.leave_one_out import surrogate
-from lomdm_jax.objectives.nelbo import Batch, Estimate, Reverse
+from lomdm_jax.objectives.nelbo import Batch, Credit, Estimate, Reverse
 from lomdm_jax.orders.schedule import Schedule
 
 NAMES = ("continuous", "order")
@@ -32,22 +32,29 @@ def make_objective(
     reconstruction_share: float,
     temperature: float = 1.0,
     uniform_share: float = 0.0,
-    in_groups: bool = False,
+    blank_share: float = 0.0,
+    one_pass: str = "state",
 ) -> Objective:
     """The objective called `name`.
 
     "continuous" is the paper's bound with its reconstruction term; "order" is the time-free
     bound, which leaves the clock out. `eps` and `reconstruction_share` matter to the first only,
     `temperature` and `uniform_share` to the second; see `nelbo`.
-    `in_groups` says that the model's attention follows an order with groups; both then score all
-    groups in one pass.
+    `one_pass` says what a pass of the model scores: one "state"; all "groups" of an order that
+    attention follows; or a whole "order" on the ranked layout, which has no time: there both names
+    mean `nelbo.all_ranks`, and `blank_share` matters.
 
     Raises:
       UserError: for an unknown name.
     """
+    if one_pass == "order" and name in NAMES:
+        estimate = functools.partial(
+            nelbo.all_ranks, mask_id=mask_id, samples=samples, blank_share=blank_share
+        )
+        return Objective(estimate, ("main", "order"))
     if name == "continuous":
         estimate = functools.partial(
-            nelbo.continuous_groups if in_groups else nelbo.continuous,
+            nelbo.continuous_groups if one_pass == "groups" else nelbo.continuous,
             mask_id=mask_id,
             samples=samples,
             eps=eps,
@@ -62,7 +69,7 @@ def make_objective(
             temperature=temperature,
             uniform_share=uniform_share,
         )
-        if in_groups:
+        if one_pass == "groups":
             estimate = functools.partial(nelbo.all_groups, mask_id=mask_id, samples=samples)
         return Objective(estimate, ("main", "order"))
     raise UserError(f"The objective {name!r} is not known: use one of {', '.join(NAMES)}.")
@@ -78,4 +85,5 @@ def loss(
     """
     estimate = objective.estimate(batch, forward, reverse)
     total_KB = jnp.sum(jnp.stack([getattr(estimate.terms, name) for name in objective.terms]), 0)
-    return jnp.mean(total_KB, axis=0) + surrogate(estimate.log_q_KB, total_KB), estimate
+    credit = estimate.credit or Credit(estimate.log_q_KB[..., None], total_KB[..., None])
+    return jnp.mean(total_KB, axis=0) + surrogate(*credit), estimate

@@ -20,8 +20,8 @@ from lomdm_jax.objectives.corruption import (
     corrupt_race,
     group_uniforms,
 )
+from lomdm_jax.orders.race import invert, next_log_shares, reveal_log_probabilities, row_ranks
 from lomdm_jax.orders.race import log_shares as log_shares_of
-from lomdm_jax.orders.race import next_log_shares
 from lomdm_jax.orders.schedule import Schedule, Weights
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -36,12 +36,14 @@ class Reverse(Protocol):
         z_KBL: jax.Array,
         log_t_B: jax.Array | None,
         context_BL: jax.Array | None = None,
+        rank_KBL: jax.Array | None = None,
     ) -> tuple[jax.Array, Schedule]:
         """Logits [K, B, L, V + mask], and the schedule with parameters [K, B, L].
 
         log_t_B: None where the estimate has no time.
-        context_BL: the clean text, for models whose attention follows a fixed order: each
-            position sees it up to its own group. None for z itself.
+        context_BL: the clean text, for models whose attention follows an order: each position
+            sees it up to its own group or rank. None for z itself.
+        rank_KBL: on the ranked layout, when each position is revealed, int32.
         """
         ...
 
@@ -79,13 +81,23 @@ def targets_of(counted_BL: Array, ignore_first: bool) -> Array:
     return counted_BL & (np.arange(counted_BL.shape[-1]) >= int(ignore_first))
 
 
+class Credit(NamedTuple):
+    """Choices and what they cost, float32 [K, B, N], nats: log-probability of each choice, and the
+    cost from there on. What came before a choice is no credit to it."""
+
+    log_q_KBN: jax.Array
+    later_KBN: jax.Array
+
+
 class Estimate(NamedTuple):
     """One Monte Carlo estimate: K draws for each of B sequences.
 
     log_q_KB: log-probability of the draw, nats, float32.
     confidence_KBL: the largest token probability, float32.
     forward_KBL, reverse_KBL: d log m / d log t at the drawn states (the exponents of a power
-      schedule), float32.
+      schedule), float32; on the ranked layout, the probability that a position came when it did.
+    credit: of the choices that made the draw, for a gradient with less noise; None if it has no
+      steps: then the whole draw is one choice.
     """
 
     terms: Terms
@@ -94,6 +106,7 @@ class Estimate(NamedTuple):
     confidence_KBL: jax.Array
     forward_KBL: jax.Array
     reverse_KBL: jax.Array
+    credit: Credit | None = None
 
 
 def token_nll(
@@ -159,8 +172,8 @@ def continuous(
     main, order, clock = (jnp.where(at_end_B, 0.0, rate_KB * term_KB) for term_KB in reveal)
     reconstruction = jnp.where(at_end_B, weight_B * jnp.sum(nll_KBL, axis=-1, where=mask_KBL), 0.0)
     terms = Terms(main, order, clock, reconstruction)
-    rates = [jnp.exp(log_rate + log_t_B[:, None]) for log_rate in log_rates]
-    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
+    ours, theirs = (jnp.exp(log_rate + log_t_B[:, None]) for log_rate in log_rates)
+    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, ours, theirs)
 
 
 def time_free(
@@ -210,8 +223,8 @@ def time_free(
     main += _towards_equal_weights(nll_KBL, mask_KBL, log_shares[0], uniform_share)
     main, order, clock = (count_B * term_KB for term_KB in (main, order, clock))
     terms = Terms(main, order, clock, jnp.zeros_like(main))
-    rates = [jnp.exp(w.log_w) for w in both]
-    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, *rates)
+    ours, theirs = (jnp.exp(w.log_w) for w in both)
+    return Estimate(terms, corruption.log_q_KB, mask_KBL, confidence_KBL, ours, theirs)
 
 
 def all_groups(
@@ -240,6 +253,72 @@ def all_groups(
     )
     main = jnp.sum(cost_KBL, axis=-1)
     return _without_order(main, jnp.zeros_like(main), mask_KBL, confidence_KBL)
+
+
+def all_ranks(
+    batch: Batch,
+    forward: Schedule,
+    reverse: Reverse,
+    *,
+    mask_id: int,
+    samples: int,
+    blank_share: float = 0.0,
+) -> Estimate:
+    """The bound of the ranked layout: one pass scores all reveals of whole orders.
+
+    The model is autoregressive over (position, token) pairs, p(x, order). With orders from q, the
+    forward schedule given x,  -log p(x) <= E_q [sum CE + log q(order | x) - log p(order | x)],
+    where log p(order | x) sums over the prior's choices of position. A schedule without `moves` is
+    the same for both, so its order costs nothing.
+
+    Args:
+      batch: rows to score.
+      forward: schedule with parameters [B, L], or [K, B, L] for draws of K different orders.
+      reverse: the model; called with the clean text as context, and with ranks.
+      mask_id: id of the mask token.
+      samples: K, orders drawn for each row.
+      blank_share: share of the rows in which a random span is revealed last, so that the network
+        also learns to fill a blank from what surrounds it. Those rows teach the network only, and
+        the estimate is that of the bound with 0 only.
+    """
+    weights, blank_B = _with_blanks(batch, forward.weights().spread(samples), blank_share)
+    keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(batch.keys_B)
+    draw = jax.vmap(lambda keys_B, weights: row_ranks(keys_B, weights, batch.targets_BL))
+    rank_KBL = draw(keys_KB, jax.lax.stop_gradient(weights))
+    z_KBL = jnp.full(rank_KBL.shape, mask_id, jnp.int32)
+    logits_KBLV, backward = reverse(z_KBL, None, batch.tokens_BL, rank_KBL)
+    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, rank_KBL.shape)
+    nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
+    nll_KBL = jnp.where(batch.targets_BL, nll_KBL, 0.0)
+    mask_KBL = jnp.broadcast_to(batch.targets_BL, rank_KBL.shape)
+    nothing = jnp.zeros(nll_KBL.shape[:2])
+    if weights.moves is None:
+        return _without_order(jnp.sum(nll_KBL, -1), nothing, mask_KBL, confidence_KBL)
+    log_q_KBL, log_p_KBL = (
+        jnp.where(blank_B[:, None], 0.0, reveal_log_probabilities(w, rank_KBL, batch.targets_BL))
+        for w in (weights, backward.weights())
+    )
+    excess_KBL = log_q_KBL - log_p_KBL
+    cost_KBL = jnp.take_along_axis(nll_KBL, invert(rank_KBL), axis=-1) + excess_KBL
+    later_KBL = jnp.flip(jnp.cumsum(jnp.flip(cost_KBL, -1), -1), -1)
+    terms = Terms(jnp.sum(nll_KBL, -1), jnp.sum(excess_KBL, -1), nothing, nothing)
+    q_KBL, p_KBL = (jnp.exp(jnp.take_along_axis(a, rank_KBL, -1)) for a in (log_q_KBL, log_p_KBL))
+    credit, log_q_KB = Credit(log_q_KBL, later_KBL), jnp.sum(log_q_KBL, -1)
+    return Estimate(terms, log_q_KB, mask_KBL, confidence_KBL, q_KBL, p_KBL, credit)
+
+
+def _with_blanks(batch: Batch, weights: Weights, share: float) -> tuple[Weights, jax.Array]:
+    """The weights with a random span in a later group in `share` of the rows, and which, [B]."""
+    if not share:
+        return weights, jnp.zeros(len(batch.keys_B), bool)
+    length, blank_B = batch.tokens_BL.shape[-1], batch.uniform_B < share
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch.keys_B, 1)
+    ends_B2 = jax.vmap(lambda key: jnp.sort(jax.random.randint(key, (2,), 0, length + 1)))(keys_B)
+    where, (start_B1, end_B1) = jnp.arange(length), jnp.split(ends_B2, 2, axis=-1)
+    inside_BL = blank_B[:, None] & (where >= start_B1) & (where < end_B1)
+    later = jnp.max(weights.group, axis=-1, keepdims=True) + 1
+    group = jnp.where(inside_BL, later + weights.group, weights.group)
+    return weights._replace(group=group), blank_B
 
 
 def group_costs(

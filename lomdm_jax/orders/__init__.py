@@ -17,7 +17,8 @@ class Order(NamedTuple):
     """An order as the rest of the library sees it.
 
     scores: what the schedule is learned from: "position" (the order heads), "token" (a rate per
-      vocabulary entry) or "none" for a fixed order.
+      vocabulary entry), "pointer" (which position follows which, on the ranked layout) or "none"
+      for a fixed order.
     walks: whether a table over the neighbours joins the scores; see `schedule.Walk`.
     schedule: from scores [..., L] (zeros where the order is fixed) to a schedule.
     groups: from the length to the group of each position, int [L], 0 revealed first; None for
@@ -33,6 +34,15 @@ class Order(NamedTuple):
     def learned(self) -> bool:
         """Whether there is an order to learn."""
         return self.scores != "none"
+
+    def one_pass(self, layout: str) -> str:
+        """What a pass of the network scores: one "state", all "groups", or a whole "order".
+
+        layout: "own", or "ranked" for that in which any order can be given as ranks.
+        """
+        if layout == "ranked" or self.scores == "pointer":
+            return "order"
+        return "state" if self.groups is None else "groups"
 
     def check(self, length: int) -> None:
         """Raise the UserError of bad settings for sequences of `length` tokens, before tracing."""
@@ -50,6 +60,7 @@ NAMES = (
     "lomdm",
     "walk",
     "lomdm-order",
+    "lomdm-ranked",
 )
 
 
@@ -58,9 +69,10 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
 
     "mdm" and "cosine" reveal at random, "ar" left to right, "r2l" right to left, "block:<size>"
     blocks of that many tokens, "permutation:<seed>" in one fixed order. "walk" grows from what is
-    revealed, in the direction that its training text favours. Three are learned by gradients:
+    revealed, in the direction that its training text favours. Four are learned by gradients:
     "genmd4" from a rate per vocabulary entry, "lomdm" from the context, and "lomdm-order" from the
-    context on top of a walk, with log-weights, for the time-free objective.
+    context on top of a walk, with log-weights, for the time-free objective; "lomdm-ranked" from
+    what was revealed last, on top of a walk, on the ranked layout.
 
     Args:
       name: see above.
@@ -84,6 +96,7 @@ def make_order(name: str, *, c1: float, c2: float, exponent: float) -> Order:
         "lomdm": Order("position", functools.partial(learned.lomdm, c1=c1, c2=c2)),
         "walk": Order("none", learned.log_weights, walks=True),
         "lomdm-order": Order("position", learned.log_weights, walks=True),
+        "lomdm-ranked": Order("pointer", learned.log_weights, walks=True),
     }
     if name not in plain:
         raise UserError(f"order.name is {name!r}, which is no order: use {', '.join(NAMES)}.")

@@ -4,10 +4,21 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lomdm_jax.errors import UserError
 from lomdm_jax.orders.fixed import polynomial
 from lomdm_jax.orders.schedule import Power
+
+# Nats that a revealed neighbour adds: e^8 is 3,000 to 1, so a text is written from its start on,
+# from its end back, or from both ends and anything given; the table is indexed [left][right].
+WALKS = {
+    "to the right": np.array([[0, 0], [8, 8]], np.float32),
+    "to the left": np.array([[0, 8], [0, 8]], np.float32),
+    "to both sides": np.array([[0, 8], [8, 8]], np.float32),
+}
+# What a network on the ranked layout tries side by side before one of them is chosen.
+TRIALS = WALKS | {"at random": np.zeros((2, 2), np.float32)}
 
 
 def norm_sig(scores_BL: jax.Array) -> jax.Array:
@@ -48,6 +59,12 @@ def lomdm(scores_BL: jax.Array, c1: float, c2: float) -> Power:
 def by_token(scores_BL: jax.Array) -> Power:
     """GenMD4's exponents, from log-rates [..., L] (Shi et al., arXiv 2406.04329)."""
     return Power(scores_BL)
+
+
+def trial_of(draws: int, rows: int) -> np.ndarray:
+    """The index in TRIALS of each draw of each row, int [K, B]: all in turn, and as many as can be
+    on the same row, so that they are compared on the same text."""
+    return (np.arange(draws)[:, None] + draws * np.arange(rows)) % len(TRIALS)
 
 
 def log_weights(scores_BL: jax.Array) -> Power:

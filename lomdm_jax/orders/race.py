@@ -4,8 +4,10 @@ A schedule with constant rates e_i (`schedule.Power`) reveals position i at an E
 the next position is i with probability e_i over the sum of what is left, at every step. The
 logarithm of an exponential time is minus a Gumbel variable, which is how the race is run here.
 Orders with groups (`schedule.Windows`) run one race per group. Weights that follow the neighbours
-(`schedule.Walk`) change with every reveal, so there the reveals are drawn one after another.
+or the last reveal (`schedule.Walk`) change with every reveal, so those are drawn one after another.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,13 @@ from lomdm_jax.orders.schedule import Weights
 
 
 def race_ranks(
-    key: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None = None
+    key: jax.Array,
+    weights: Weights,
+    targets_BL: jax.Array,
+    reveals: int | None = None,
+    last_B: jax.Array | None = None,
 ) -> jax.Array:
-    """Draw one order per row; positions that are not targets come before all others.
+    """Draw one order per row; what is no target comes before all others, as it stands in the text.
 
     Args:
       key: one PRNG key.
@@ -24,47 +30,62 @@ def race_ranks(
       targets_BL: which positions take part, bool [..., L].
       reveals: how many are of interest, None for all. Where they are drawn one after another, the
         drawing stops there, and all later positions have rank L.
+      last_B: the position revealed last, int32 [...], -1 for none; None for the last in the text
+        of those that are not targets. Matters to weights with `moves` only.
 
     Returns:
       rank of each position, int32 [..., L]: 0 is revealed first, L - 1 last.
     """
-    if weights.neighbours is not None:
-        return _walk(key, weights, targets_BL, reveals)
+    if weights.stepwise:
+        return _walk(key, weights, targets_BL, reveals, last_B)
     # Full-precision Gumbel noise: the default float32 draw cuts the tail of the race.
     gumbel = jax.random.gumbel(key, weights.log_w.shape, weights.log_w.dtype, mode="high")
     group = jnp.where(targets_BL, weights.group, -1)
-    return invert(jnp.lexsort((-weights.log_w - gumbel, group), axis=-1))
+    log_w = jnp.where(targets_BL, weights.log_w + gumbel, 0.0)
+    return invert(jnp.lexsort((-log_w, group), axis=-1))
 
 
 def row_ranks(
-    keys_B: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None = None
+    keys_B: jax.Array,
+    weights: Weights,
+    targets_BL: jax.Array,
+    reveals: int | None = None,
+    last_B: jax.Array | None = None,
 ) -> jax.Array:
     """`race_ranks` of every row, int32 [B, L], each from a key of its own."""
-
-    def draw(key: jax.Array, log_w_L: jax.Array, group_L: jax.Array, targets_L: jax.Array):
-        return race_ranks(key, Weights(log_w_L, group_L, weights.neighbours), targets_L, reveals)
-
-    return jax.vmap(draw)(keys_B, weights.log_w, weights.group, targets_BL)
+    near = weights.neighbours
+    axes: Any = jax.tree.map(lambda _: 0, weights)
+    if near is not None and near.ndim == 2:  # one table for all rows
+        axes = axes._replace(neighbours=None)
+    in_axes = (0, axes, 0, None, None if last_B is None else 0)
+    return jax.vmap(race_ranks, in_axes)(keys_B, weights, targets_BL, reveals, last_B)
 
 
 def _walk(
-    key: jax.Array, weights: Weights, targets_BL: jax.Array, reveals: int | None
+    key: jax.Array,
+    weights: Weights,
+    targets_BL: jax.Array,
+    reveals: int | None,
+    last_B: jax.Array | None,
 ) -> jax.Array:
     """`race_ranks` one reveal after another."""
-    length = targets_BL.shape[-1]
-    given_BL = ~targets_BL
+    length, given_BL = targets_BL.shape[-1], ~targets_BL
     before = jnp.sum(given_BL, axis=-1)
+    if last_B is None:
+        last_B = jnp.max(jnp.where(given_BL, jnp.arange(length), -1), axis=-1)
 
-    def reveal(rank_BL: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
+    def reveal(carry: tuple[jax.Array, jax.Array], step: jax.Array):
+        rank_BL, last_B = carry
         masked_BL = rank_BL == length
-        share_BL, _ = next_log_shares(weights, masked_BL)
+        share_BL, _ = next_log_shares(weights, masked_BL, last_B)
         next_B = jax.random.categorical(jax.random.fold_in(key, step), share_BL, mode="high")
         chosen_BL = masked_BL & (jnp.arange(length) == next_B[..., None])
-        return jnp.where(chosen_BL, (before + step)[..., None], rank_BL), None
+        last_B = jnp.where(chosen_BL.any(-1), next_B, last_B).astype(jnp.int32)
+        return (jnp.where(chosen_BL, (before + step)[..., None], rank_BL), last_B), None
 
-    start_BL = jnp.where(given_BL, jnp.cumsum(given_BL, axis=-1) - 1, length)
+    start_BL = jnp.where(given_BL, jnp.cumsum(given_BL, axis=-1) - 1, length).astype(jnp.int32)
     steps = jnp.arange(length if reveals is None else min(reveals, length))
-    return jax.lax.scan(reveal, start_BL.astype(jnp.int32), steps)[0]
+    return jax.lax.scan(reveal, (start_BL, last_B.astype(jnp.int32)), steps)[0][0]
 
 
 def invert(order: jax.Array) -> jax.Array:
@@ -72,18 +93,21 @@ def invert(order: jax.Array) -> jax.Array:
     return jnp.argsort(order, axis=-1).astype(jnp.int32)
 
 
-def next_log_shares(weights: Weights, masked: jax.Array) -> tuple[jax.Array, jax.Array]:
+def next_log_shares(
+    weights: Weights, masked: jax.Array, last: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """log-probability that each position comes next, and the log-sum of the weights.
 
     Args:
       weights: of the schedule, [..., L].
       masked: positions still hidden, bool [..., L].
+      last: the position revealed last; see `Weights.at`.
 
     Returns:
       float32 [..., L], -inf for positions that cannot come next (0 everywhere if nothing is
       masked), and float32 [...], the log-sum over those that can.
     """
-    return log_shares(weights.at(masked).log_w, can_come_next(weights, masked))
+    return log_shares(weights.at(masked, last).log_w, can_come_next(weights, masked))
 
 
 def can_come_next(weights: Weights, masked: jax.Array) -> jax.Array:
@@ -108,39 +132,51 @@ def prefix_log_probability(
 ) -> jax.Array:
     """log-probability (nats) of the ordered reveals made so far, [...].
 
-    The sum over revealed targets of log w_i minus the log-sum of the weights of its group that
-    were not revealed before it. With nothing masked it is that of the whole order.
+    Args:
+      weights, rank, targets: as of `reveal_log_probabilities`.
+      masked: targets that are still hidden, bool [..., L]; with none it is that of the whole order.
+    """
+    made = jnp.take_along_axis(jnp.broadcast_to(targets & ~masked, rank.shape), invert(rank), -1)
+    each = reveal_log_probabilities(weights, rank, targets)
+    return jnp.sum(jnp.where(made, each, 0.0), axis=-1)
+
+
+def reveal_log_probabilities(weights: Weights, rank: jax.Array, targets: jax.Array) -> jax.Array:
+    """log-probability (nats) of each reveal given those before it, [..., L], by rank.
+
+    That of the target i is log w_i minus the log-sum of the weights of its group that were not
+    revealed before it; 0 for what is not a target.
 
     Args:
       weights: of the schedule, [..., L].
       rank: reveal rank of each position, int32 [..., L]; see `race_ranks`.
       targets: which positions took part, bool [..., L].
-      masked: targets that are still hidden, bool [..., L].
     """
-    if weights.neighbours is not None:
-        return _walk_log_probability(weights, rank, targets, masked)
+    if weights.stepwise:
+        return _walk_log_probabilities(weights, rank, targets)
     order = invert(rank)
-    log_w, group, targets, masked = (
+    log_w, group, targets = (
         jnp.take_along_axis(jnp.broadcast_to(a, rank.shape), order, axis=-1)
-        for a in (weights.log_w, weights.group, targets, masked)
+        for a in (weights.log_w, weights.group, targets)
     )
     # A large finite value, not -inf: the gradient of logaddexp at -inf is nan.
     left = _sums_to_the_end_of_the_group(jnp.where(targets, log_w, -1e9), group)
-    return jnp.sum(jnp.where(targets & ~masked, log_w - left, 0.0), axis=-1)
+    return jnp.where(targets, log_w - left, 0.0)
 
 
-def _walk_log_probability(
-    weights: Weights, rank: jax.Array, targets: jax.Array, masked: jax.Array
-) -> jax.Array:
-    """`prefix_log_probability` one reveal after another; a step is recomputed for the gradient."""
+def _walk_log_probabilities(weights: Weights, rank: jax.Array, targets: jax.Array) -> jax.Array:
+    """`reveal_log_probabilities` one after another; a step is recomputed for the gradient."""
+    order = invert(rank)
 
     @jax.checkpoint
-    def add(total: jax.Array, step: jax.Array) -> tuple[jax.Array, None]:
-        share, _ = next_log_shares(weights, targets & (rank >= step))
-        made = targets & ~masked & (rank == step)
-        return total + jnp.sum(jnp.where(made, share, 0.0), axis=-1), None
+    def reveal(last: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        share, _ = next_log_shares(weights, targets & (rank >= step), last)
+        made = jnp.sum(jnp.where(targets & (rank == step), share, 0.0), axis=-1)
+        return order[..., step], made
 
-    return jax.lax.scan(add, jnp.zeros(rank.shape[:-1]), jnp.arange(rank.shape[-1]))[0]
+    nothing = jnp.full(rank.shape[:-1], -1, jnp.int32)
+    each = jax.lax.scan(reveal, nothing, jnp.arange(rank.shape[-1]))[1]
+    return jnp.moveaxis(each, 0, -1)
 
 
 def _sums_to_the_end_of_the_group(log_w: jax.Array, group: jax.Array) -> jax.Array:

@@ -21,33 +21,76 @@ class Weights(NamedTuple):
 
     log_w: float32 [..., L].
     group: int32 [..., L].
-    neighbours: float32 [2, 2], added to the log-weight of a position by whether its left and its
-      right neighbour are revealed; None for weights that are the same in every state.
+    neighbours: float32 [..., 2, 2], added to the log-weight of a position by whether its left and
+      its right neighbour are revealed; None for weights that do not look at them.
+    moves: float32 [..., L, 2 W + 1], added to the log-weight of position i after the reveal of j:
+      moves[..., j, W + d], where d is i - j, at most W either way. None for weights that do not
+      look at what was revealed last.
     """
 
     log_w: jax.Array
     group: jax.Array
     neighbours: jax.Array | None = None
+    moves: jax.Array | None = None
 
-    def at(self, masked: jax.Array) -> "Weights":
+    @property
+    def stepwise(self) -> bool:
+        """Whether the weights change with every reveal."""
+        return self.neighbours is not None or self.moves is not None
+
+    def at(self, masked: jax.Array, last: jax.Array | None = None) -> "Weights":
         """The weights in the state where `masked`, bool [..., L], is hidden.
 
         What lies beyond the edges counts as revealed, so that a walk in either direction begins
         at an end of the text.
+
+        last: position that was revealed last, int32 [...], -1 for none; needed for `moves` only.
         """
-        if self.neighbours is None:
-            return self
-        around = [(0, 0)] * (masked.ndim - 1) + [(1, 1)]
-        revealed = jnp.pad(~masked, around, constant_values=True).astype(int)
-        bias = self.neighbours[revealed[..., :-2], revealed[..., 2:]]
-        return Weights(self.log_w + bias, self.group)
+        log_w = self.log_w
+        if self.neighbours is not None:
+            log_w = log_w + _of_neighbours(self.neighbours, masked)
+        if self.moves is not None:
+            assert last is not None
+            log_w = log_w + _of_move(self.moves, last)
+        return Weights(log_w, self.group)
+
+    def spread(self, count: int) -> "Weights":
+        """With leading axes [count, B], also where all draws or all rows had the same."""
+
+        def lead(a: jax.Array, own: int) -> jax.Array:
+            return jnp.broadcast_to(a, (count, self.log_w.shape[-2], *a.shape[a.ndim - own :]))
+
+        near, moves = self.neighbours, self.moves
+        return Weights(
+            log_w=lead(self.log_w, 1),
+            group=lead(self.group, 1),
+            neighbours=None if near is None else lead(near, 2),
+            moves=None if moves is None else lead(moves, 2),
+        )
 
     def flattened(self, temperature: float) -> "Weights":
         """Every log-weight divided by the temperature: 1 for the same order, more for a flatter."""
         if temperature == 1:
             return self
-        near = None if self.neighbours is None else self.neighbours / temperature
-        return Weights(self.log_w / temperature, self.group, near)
+        return jax.tree.map(lambda a: a / temperature, self)._replace(group=self.group)
+
+
+def _of_neighbours(table: jax.Array, masked: jax.Array) -> jax.Array:
+    around = [(0, 0)] * (masked.ndim - 1) + [(1, 1)]
+    revealed = jnp.pad(~masked, around, constant_values=True)
+    left, right = revealed[..., :-2], revealed[..., 2:]
+    (neither, only_right), (only_left, both) = (
+        [table[..., i, j, None] for j in range(2)] for i in range(2)
+    )
+    return jnp.where(left, jnp.where(right, both, only_left), jnp.where(right, only_right, neither))
+
+
+def _of_move(moves: jax.Array, last: jax.Array) -> jax.Array:
+    length, window = moves.shape[-2], moves.shape[-1] // 2
+    last = last[..., None]
+    row = jnp.take_along_axis(moves, jnp.maximum(last, 0)[..., None], axis=-2)[..., 0, :]
+    distance = jnp.clip(jnp.arange(length) - last, -window, window) + window
+    return jnp.where(last >= 0, jnp.take_along_axis(row, distance, axis=-1), 0.0)
 
 
 class Schedule(Protocol):
@@ -104,11 +147,12 @@ class Walk(NamedTuple):
     are drawn one reveal after another; in a given state it is a `Power`.
 
     log_exponents: float32 [..., L], of a position with masked neighbours.
-    neighbours: float32 [2, 2]; see `Weights`.
+    neighbours, moves: see `Weights`; with moves the state alone does not give the rates.
     """
 
     log_exponents: jax.Array
     neighbours: jax.Array
+    moves: jax.Array | None = None
 
     def log_mask(self, log_t: jax.Array) -> jax.Array:
         raise _no_time()
@@ -118,7 +162,7 @@ class Walk(NamedTuple):
 
     def weights(self) -> Weights:
         group = jnp.zeros(self.log_exponents.shape, jnp.int32)
-        return Weights(self.log_exponents, group, self.neighbours)
+        return Weights(self.log_exponents, group, self.neighbours, self.moves)
 
     def at(self, masked: jax.Array) -> Power:
         return Power(self.weights().at(masked).log_w)

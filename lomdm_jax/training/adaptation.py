@@ -10,6 +10,7 @@ import numpy as np
 
 from lomdm_jax.data import pipeline
 from lomdm_jax.evaluation import likelihood, noise_range, walk_choice
+from lomdm_jax.orders.learned import TRIALS
 from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.training.state import TrainState
 
@@ -20,7 +21,7 @@ def make_adapter(run: Run) -> Callable[[TrainState], TrainState]:
     if run.config.objective.clip_noise:
         return _range_search(run)
     if run.generator.order.walks:
-        return _walk_choice(run)
+        return _trials_end(run) if run.generator.one_pass == "order" else _walk_choice(run)
     return lambda state: state
 
 
@@ -62,6 +63,26 @@ def _walk_choice(run: Run) -> Callable[[TrainState], TrainState]:
         choice = walk_choice.choose(lambda table: nats(state.ema, table))
         print(walk_choice.report(choice, length), flush=True)
         return set_walk(run, state, choice.table)
+
+    return adapt
+
+
+def _trials_end(run: Run) -> Callable[[TrainState], TrainState]:
+    """Takes the walk under which the training text has cost least so far.
+
+    The network has seen all of TRIALS alike, and what the text cost while it learned is its
+    description length under each (prequential coding), which tells apart what is learned sooner.
+    """
+
+    def adapt(state: TrainState) -> TrainState:
+        until = run.config.train.random_steps
+        if not until or int(state.step) != until:
+            return state
+        nats = np.asarray(state.trials) / int(state.step)
+        best = list(TRIALS)[int(np.argmin(nats))]
+        scored = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(TRIALS, nats, strict=True))
+        print(f"walk  {scored} nats/token so far: the order now grows {best}", flush=True)
+        return set_walk(run, state, TRIALS[best])
 
     return adapt
 

@@ -145,13 +145,13 @@ class Checkpoints:
 # Facts that parameters depend on, and what a run that continues must share besides.
 _SAME_MODEL = (
     *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
-    *("model.cond_dim", "model.head_layers", "model.time_conditioning"),
+    *("model.cond_dim", "model.head_layers", "model.time_conditioning", "model.layout"),
 )
 _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
     *("data.source", "data.valid_source", "data.length", "data.valid_share"),
     *("objective.clip_noise", "objective.ignore_first", "objective.temperature"),
-    *("objective.uniform_share", "train.random_steps"),
+    *("objective.uniform_share", "objective.blank_share", "train.random_steps"),
 )
 
 

@@ -16,7 +16,8 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     """The optimizer of the config section `optimizer`."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.masked(optax.clip_by_global_norm(config.clip_norm), _no_pointers),
+        optax.masked(optax.clip_by_global_norm(config.clip_norm), _pointers),
         optax.adamw(
             learning_rate(config),
             b1=config.b1,
@@ -31,6 +32,18 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def _order_heads(params: Any) -> Any:
     """True for the parameters that only the order has."""
     return jax.tree.map_with_path(lambda path, _: path[0].key.endswith("_head"), params)
+
+
+def _pointers(params: Any) -> Any:
+    """True for the parameters of pointers: their gradient, noisy as it is, is clipped by itself."""
+    return {
+        name: jax.tree.map(lambda _: "distance" in part, part)  # noqa: B023, used at once
+        for name, part in params.items()
+    }
+
+
+def _no_pointers(params: Any) -> Any:
+    return jax.tree.map(lambda pointer: not pointer, _pointers(params))
 
 
 def ema_decay(limit: float, step: jax.Array) -> jax.Array:

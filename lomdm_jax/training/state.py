@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from lomdm_jax.orders.learned import TRIALS
+
 
 class TrainState(struct.PyTreeNode):
     """Plain arrays only, so that it can be donated, sharded and saved as it is.
@@ -16,6 +18,8 @@ class TrainState(struct.PyTreeNode):
     opt_state: state of the optimizer.
     noise_range: float32 [2], where in [0, 1) the masked share of a block is drawn; all of it until
       `objective.clip_noise` finds a better one.
+    trials: float32 [4], nats per token that training text has cost under each of
+      `orders.learned.TRIALS`, summed over the steps so far.
     """
 
     step: jax.Array
@@ -23,6 +27,7 @@ class TrainState(struct.PyTreeNode):
     ema: Any
     opt_state: optax.OptState
     noise_range: jax.Array
+    trials: jax.Array
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -33,4 +38,5 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         noise_range=jnp.array([0.0, 1.0], jnp.float32),
+        trials=jnp.zeros(len(TRIALS)),
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -12,6 +13,7 @@ from lomdm_jax.generator import Generator
 from lomdm_jax.objectives import Objective, loss
 from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, targets_of
+from lomdm_jax.orders.learned import TRIALS, trial_of
 from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
 from lomdm_jax.training.state import TrainState
 
@@ -39,7 +41,10 @@ def make_train_step(
         forward = generator.forward(params, batch.tokens_BL)
         reverse = generator.reverse(params, dropout_keys_B)
         loss_B, estimate = loss(objective, batch, forward, reverse)
-        return jnp.sum(loss_B), _statistics(batch, estimate)
+        stats = _statistics(batch, estimate)
+        if generator.on_trial:
+            stats["trials"] = _of_trials(estimate.terms.main)
+        return jnp.sum(loss_B), stats
 
     def train_step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Arrays]:
         targets_BL = targets_of(batch["counted"], config.objective.ignore_first)
@@ -48,6 +53,7 @@ def make_train_step(
         )
         grads, stats = _accumulate(sums, state.params, rows, config.train.micro_batches)
         stats["tokens"] = jnp.sum(batch["counted"]).astype(jnp.float32)
+        trials = state.trials + stats.pop("trials", 0.0) / stats["tokens"]
         grads = jax.tree.map(lambda g: g / stats["tokens"], grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -56,8 +62,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(learning_rate(config.optimizer)(state.step)),
         }
-        step = state.step + 1
-        return state.replace(step=step, params=params, ema=ema, opt_state=opt_state), metrics
+        state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+        return state.replace(trials=trials), metrics
 
     return train_step
 
@@ -107,6 +113,14 @@ def _statistics(batch: Batch, estimate: Estimate) -> Arrays:
     pairs = (velocity, confidence, velocity**2, confidence**2, velocity * confidence)
     stats["moments"] = jnp.stack([jnp.sum(estimate.mask_KBL * 1.0), *map(jnp.sum, pairs)])
     return stats
+
+
+def _of_trials(main_KB: jax.Array) -> jax.Array:
+    """Nats of all rows under each of TRIALS, [4], had each been drawn for every row."""
+    trial_N, nats_N = trial_of(*main_KB.shape).reshape(-1), main_KB.reshape(-1)
+    sums = jax.ops.segment_sum(nats_N, trial_N, len(TRIALS))
+    counts = np.bincount(trial_N, minlength=len(TRIALS))
+    return sums / np.maximum(counts, 1) * main_KB.shape[1]
 
 
 def _metrics(stats: Arrays, minimised: tuple[str, ...]) -> Arrays:

@@ -28,7 +28,10 @@ def network(name, follow=True):
     order = make_order(name, c1=1.0, c2=0.0, exponent=1.0)
     sizes = Sizes(VOCAB + 1, width=8, layers=2, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
     groups = tuple(order.groups(LENGTH).tolist()) if follow and order.groups else None
-    module = Denoiser(sizes, mask_id=VOCAB, scores="none", groups=groups, rngs=nnx.Rngs(0))
+    layout = "full" if groups is None else "causal" if len(set(groups)) == LENGTH else "ranked"
+    module = Denoiser(
+        sizes, mask_id=VOCAB, scores="none", layout=layout, groups=groups, rngs=nnx.Rngs(0)
+    )
     graphdef, params = nnx.split(module, nnx.Param)
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(params))
     keys = jax.random.split(jax.random.key(5), len(leaves))
@@ -52,7 +55,7 @@ def estimate(name, in_groups, batch, estimator="order"):
         samples=1,
         eps=1e-3,
         reconstruction_share=0.1,
-        in_groups=in_groups,
+        one_pass="groups" if in_groups else "state",
     )
     return objective.estimate(
         batch, generator.forward(params, batch.tokens_BL), generator.reverse(params)

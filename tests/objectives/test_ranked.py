@@ -1,0 +1,369 @@
+"""The ranked layout against enumeration: every order of every sequence of a tiny model."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from lomdm_jax.generator import Generator, Recall
+from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.transformer import Sizes
+from lomdm_jax.objectives import loss, make_objective
+from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.nelbo import Batch
+from lomdm_jax.orders import make_order
+from lomdm_jax.orders.learned import TRIALS
+from lomdm_jax.sampling import recall
+from tests import oracle
+
+LENGTH, VOCAB = 3, 2
+SEQUENCES = oracle.sequences(LENGTH, VOCAB)
+ORDERS = np.array(list(itertools.permutations(range(LENGTH))))
+RANKS = np.argsort(ORDERS, axis=-1).astype(np.int32)
+X = np.array([1, 0, 1], np.int32)
+
+
+def network(name="lomdm-ranked"):
+    """A tiny network with random parameters, pointers and walk table included."""
+    order = make_order(name, c1=1.0, c2=0.0, exponent=1.0)
+    sizes = Sizes(VOCAB + 1, width=8, layers=2, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
+    module = Denoiser(
+        sizes,
+        length=LENGTH,
+        mask_id=VOCAB,
+        scores=order.scores,
+        walks=order.walks,
+        layout="ranked",
+        rngs=nnx.Rngs(0),
+    )
+    graphdef, params = nnx.split(module, nnx.Param)
+    params = nnx.to_pure_dict(params)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(5), len(leaves))
+    leaves = [a + 0.4 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    params = tree.unflatten(leaves)
+    output = params["backbone"]["output_layer"]["linear"]  # no token may hide the others
+    output |= {"kernel": output["kernel"] * 0.6, "bias": jnp.array([-3.0, 0.0, 0.0])}
+    for pointer in ("prior_head", "posterior_head"):  # whose tables count thirty times
+        for table in ("position", "distance", "neighbours"):
+            if pointer in params:
+                params[pointer][table] /= 15
+    return Generator(graphdef, order, VOCAB, one_pass="order"), params
+
+
+def choices(weights, rank):
+    """log-probability of each choice of place, [R, L], in plain steps; weights [R, ...]."""
+    found = []
+    for row, ranks in enumerate(rank):
+        order, last, each = np.argsort(ranks), -1, []
+        for step in range(LENGTH):
+            logits = []
+            for i in order[step:]:
+                left = i == 0 or ranks[i - 1] < step
+                right = i == LENGTH - 1 or ranks[i + 1] < step
+                logit = weights.log_w[row, i]
+                if weights.neighbours is not None:
+                    logit += jnp.broadcast_to(weights.neighbours, (len(rank), 2, 2))[
+                        row, int(left), int(right)
+                    ]
+                if weights.moves is not None and last >= 0:
+                    logit += weights.moves[row, last, weights.moves.shape[-1] // 2 + i - last]
+                logits.append(logit)
+            each.append(jax.nn.log_softmax(jnp.stack(logits))[0])
+            last = order[step]
+        found.append(jnp.stack(each))
+    return jnp.stack(found)
+
+
+def pairs(generator, params, x):
+    """Of every order of x: cross-entropies by position [6, L], and log p and log q of its choices
+    of place [6, L]."""
+    x_BL = jnp.tile(jnp.asarray(x), (len(RANKS), 1))
+    z = jnp.full(x_BL.shape, VOCAB)
+    logits, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
+    log_p = jax.nn.log_softmax(logits[0, :, :, :VOCAB])
+    nll = -jnp.take_along_axis(log_p, x_BL[..., None], -1)[..., 0]
+    backward = jax.tree.map(lambda a: a[0], backward.weights().spread(1))
+    forward = generator.forward(params, x_BL).weights()
+    return nll, choices(backward, RANKS), choices(forward, RANKS)
+
+
+def exact_bound(generator, params, x):
+    nll, log_p, log_q = (a.sum(-1) for a in pairs(generator, params, x))
+    return jnp.sum(jnp.exp(log_q) * (nll + log_q - log_p))
+
+
+def exact_p(generator, params):
+    """p(order, x), [8, 6], on the host."""
+    both = [pairs(generator, params, x) for x in SEQUENCES]
+    return np.array([np.exp(log_p.sum(-1) - nll.sum(-1)) for nll, log_p, _ in both], np.float64)
+
+
+def batch_of(count, key, x=X):
+    tokens = jnp.tile(jnp.asarray(x), (count, 1))
+    time_key, row_key = jax.random.split(key)
+    uniform = stratified_uniforms(time_key, jnp.arange(count), count)
+    return Batch(tokens, jnp.ones_like(tokens, bool), jax.random.split(row_key, count), uniform)
+
+
+def objective(samples=2, **options):
+    return make_objective(
+        "order",
+        mask_id=VOCAB,
+        samples=samples,
+        eps=1e-3,
+        reconstruction_share=0.1,
+        one_pass="order",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "mdm"])
+def test_pairs_of_order_and_text_sum_to_one_and_the_bound_is_above(name):
+    generator, params = network(name)
+    joint = exact_p(generator, params)
+    assert joint.sum() == pytest.approx(1, abs=1e-5)
+    for x, p in zip(SEQUENCES, joint.sum(-1), strict=True):
+        assert float(exact_bound(generator, params, x)) > -np.log(p) + 1e-4
+
+
+@pytest.mark.parametrize("name", ["ar", "r2l", "permutation:1"])
+def test_a_fixed_order_has_no_noise_and_is_the_chain_rule(name):
+    generator, params = network(name)
+    batch = batch_of(2, jax.random.key(0))
+    forward = generator.forward(params, batch.tokens_BL)
+    terms = objective().estimate(batch, forward, generator.reverse(params)).terms
+    rank = np.asarray(generator.order.groups(LENGTH))
+    nll = pairs(generator, params, X)[0][(rank == RANKS).all(-1).argmax()].sum()
+    np.testing.assert_allclose(terms.main, nll, rtol=1e-5)
+    assert (terms.order == 0).all() and (terms.clock == 0).all()
+
+
+def gradient(generator, params, key, samples=2):
+    batch = batch_of(64, key)
+
+    def mean_loss(params):
+        forward = generator.forward(params, batch.tokens_BL)
+        value, estimate = loss(objective(samples), batch, forward, generator.reverse(params))
+        return jnp.mean(value), jnp.mean(sum(estimate.terms))
+
+    grads, bound = jax.grad(mean_loss, has_aux=True)(params)
+    return grads, bound
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_bound_and_gradients_of_trunk_prior_and_posterior_match_enumeration(samples):
+    generator, params = network()
+    exact = jax.jit(jax.value_and_grad(lambda p: exact_bound(generator, p, X)))
+    bound, expected = exact(params)
+    many = jax.jit(
+        lambda keys: jax.lax.map(lambda k: gradient(generator, params, k, samples), keys)
+    )
+    grads, bounds = many(jax.random.split(jax.random.key(1), 400))
+    error = np.std(bounds, ddof=1) / 20
+    assert abs(np.mean(bounds) - bound) < 4 * error
+    for part in ("backbone", "prior_head", "posterior_head"):
+        found, wanted = (jax.flatten_util.ravel_pytree(g[part])[0] for g in (grads, expected))
+        found = np.asarray(found).reshape(-1)
+        rows = np.concatenate(
+            [np.asarray(g).reshape(400, -1) for g in jax.tree.leaves(grads[part])], axis=1
+        )
+        wanted = np.concatenate([np.ravel(g) for g in jax.tree.leaves(expected[part])])
+        error = rows.std(0, ddof=1) / 20
+        score = (rows.mean(0) - wanted) / (error + 1e-6)
+        assert np.abs(wanted).max() > 1e-3 and np.abs(score).max() < 5.5
+        assert np.mean(score**2) < 1.5
+    assert not any(np.any(g) for g in jax.tree.leaves(expected["walk_head"]))
+
+
+class Recompute(Recall):
+    """The same model without a memory of states: every call runs the whole layout again."""
+
+    def start(self, rows):
+        shape = (rows, LENGTH)
+        return (jnp.full(shape, VOCAB), jnp.full(shape, LENGTH)), super().start(rows)[1]
+
+    def read(self, memory, tokens, positions, slots):
+        rows = jnp.arange(len(tokens))[:, None]
+        where = jnp.where(slots < LENGTH, positions, LENGTH)
+        pairs = zip(memory, (tokens, slots), strict=True)
+        memory = tuple(old.at[rows, where].set(new, mode="drop") for old, new in pairs)
+        moves = self._run(memory)[1].moves
+        return jnp.take_along_axis(moves, positions[..., None], 1), memory
+
+    def ask(self, memory, positions, slots):
+        tokens, rank = memory
+        asked = [
+            rank.at[jnp.arange(len(rank)), positions[:, q]].set(slots[:, 0])
+            for q in range(positions.shape[1])
+        ]
+        found = [self._run((tokens, r))[0] for r in asked]
+        return jnp.stack(
+            [
+                jnp.take_along_axis(f, positions[:, q, None, None], 1)[:, 0]
+                for q, f in enumerate(found)
+            ],
+            axis=1,
+        )
+
+    def _run(self, memory):
+        tokens, rank = memory
+        unique = jnp.argsort(jnp.argsort(rank, -1, stable=True), -1)  # the rest after, in any order
+        z = jnp.full_like(tokens, VOCAB)
+        return self.module.denoise(z, context_BL=tokens, rank_BL=unique)
+
+
+def sampler(generator, params, rows, remember=True, **options):
+    model = generator.recaller(params, LENGTH)
+    model = model if remember else Recompute(*model)
+
+    @jax.jit
+    def sample(key, tokens, given_rank):
+        return recall.generate(key, model, tokens, given_rank, mask_id=VOCAB, **options)
+
+    nothing = jnp.zeros((rows, LENGTH), jnp.int32)
+    return lambda key, tokens=nothing, rank=nothing + LENGTH: sample(key, tokens, rank)
+
+
+def cells(samples):
+    """Counts of every (sequence, order) pair, [8, 6]; orders by the call that revealed."""
+    text = np.asarray(samples.tokens_BL) @ [4, 2, 1]
+    order = (np.asarray(samples.revealed_BL)[:, None] - 1 == RANKS).all(-1).argmax(-1)
+    return np.bincount(text * 6 + order, minlength=48).reshape(8, 6)
+
+
+@pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "mdm"])
+def test_the_sampler_with_a_memory_has_the_models_distribution(name):
+    generator, params = network(name)
+    samples = sampler(generator, params, 20_000)(jax.random.key(0))
+    joint = exact_p(generator, params)
+    assert (
+        stats.chisquare(cells(samples).ravel(), 20_000 * (joint / joint.sum()).ravel()).pvalue
+        > 1e-3
+    )
+    assert int(samples.calls) == LENGTH
+
+
+def test_the_chi_square_test_can_fail():
+    """All at once: neither tokens nor places know of one another."""
+    generator, params = network()
+    samples = sampler(generator, params, 20_000, reveal=3)(jax.random.key(0))
+    assert int(samples.calls) == 1
+    joint = exact_p(generator, params).sum(-1)
+    found = np.bincount(np.asarray(samples.tokens_BL) @ [4, 2, 1], minlength=8)
+    assert stats.chisquare(found, 20_000 * joint / joint.sum()).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("reveal", [1, 2])
+def test_with_and_without_a_memory_the_samples_are_the_same(reveal):
+    """Draw for draw, with a given position in the middle of some rows."""
+    generator, params = network()
+    tokens = jnp.ones((200, LENGTH), jnp.int32)
+    rank = jnp.where((jnp.arange(200)[:, None] % 2 == 0) & (jnp.arange(LENGTH) == 1), 0, LENGTH)
+    both = [
+        sampler(generator, params, 200, remember, reveal=reveal)(jax.random.key(3), tokens, rank)
+        for remember in (True, False)
+    ]
+    np.testing.assert_array_equal(both[0].tokens_BL, both[1].tokens_BL)
+    np.testing.assert_array_equal(both[0].revealed_BL, both[1].revealed_BL)
+    assert (both[0].tokens_BL[::2, 1] == 1).all() and (both[0].revealed_BL[::2, 1] == 0).all()
+
+
+def test_an_infill_has_the_conditional_distribution_of_its_order():
+    """Surroundings first, in an order of the caller's: p(x_1 | x_2, then x_0)."""
+    generator, params = network()
+    order = (ORDERS == [2, 0, 1]).all(-1).argmax()
+    rank = jnp.tile(jnp.array([1, LENGTH, 0]), (20_000, 1))
+    tokens = jnp.tile(jnp.asarray(X), (20_000, 1))
+    samples = sampler(generator, params, 20_000)(jax.random.key(4), tokens, rank)
+    nll = [float(pairs(generator, params, [X[0], v, X[2]])[0][order, 1]) for v in range(VOCAB)]
+    assert sum(np.exp(-np.array(nll))) == pytest.approx(1, abs=1e-5)
+    found = np.bincount(samples.tokens_BL[:, 1], minlength=VOCAB)
+    assert (
+        stats.chisquare(
+            found, 20_000 * np.exp(-np.array(nll)) / np.exp(-np.array(nll)).sum()
+        ).pvalue
+        > 1e-3
+    )
+
+
+def test_the_likelihood_of_a_blank_given_the_rest():
+    """Targets alone are counted, after all that is given."""
+    generator, params = network()
+    batch = batch_of(4, jax.random.key(0))._replace(
+        targets_BL=jnp.tile(jnp.arange(LENGTH) == 1, (4, 1))
+    )
+    forward = generator.forward(params, batch.tokens_BL)
+    terms = objective().estimate(batch, forward, generator.reverse(params)).terms
+    order = (ORDERS == [0, 2, 1]).all(-1).argmax()
+    np.testing.assert_allclose(terms.main, pairs(generator, params, X)[0][order, 1], rtol=1e-5)
+    np.testing.assert_allclose(terms.order, 0, atol=1e-6)  # there is no choice
+
+
+def test_dependence_bounds_what_a_call_reveals():
+    """With none allowed every row goes one by one and is exact; with all, it is one call."""
+    generator, params = network()
+    joint = exact_p(generator, params)
+    samples = sampler(generator, params, 20_000, reveal=3, dependence=0.0)(jax.random.key(0))
+    assert int(samples.calls) == LENGTH
+    assert (
+        stats.chisquare(cells(samples).ravel(), 20_000 * (joint / joint.sum()).ravel()).pvalue
+        > 1e-3
+    )
+    logits = jnp.log(jnp.array([[[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]]))
+    one, two = np.log(2) * 1.001, np.log(2) * 2.001
+    for budget, taken in {0.0: 2, one: 3, two: 4}.items():
+        assert recall._independent(logits, budget).sum() == taken
+
+
+def test_rows_for_blanks_reveal_a_span_last_and_teach_the_network_only():
+    generator, params = network()
+    batch = batch_of(512, jax.random.key(0))
+    forward, reverse = generator.forward(params, batch.tokens_BL), generator.reverse(params)
+    ranks = []
+
+    def spy(z, log_t, context, rank):
+        ranks.append(rank)
+        return reverse(z, log_t, context, rank)
+
+    estimate = objective(blank_share=0.25).estimate(batch, forward, spy)
+    blank = np.asarray(batch.uniform_B) < 0.25
+    assert blank.sum() == 128
+    assert (estimate.terms.order[:, blank] == 0).all() and (
+        estimate.credit.log_q_KBN[:, blank] == 0
+    ).all()
+    plain = objective().estimate(batch, forward, reverse)
+    np.testing.assert_array_equal(estimate.terms.main[:, ~blank], plain.terms.main[:, ~blank])
+    middle_last = np.mean(np.asarray(ranks[0])[:, :, 1] == 2, axis=1)
+    assert middle_last.shape == (2,)
+    last = np.asarray(ranks[0])[0] == 2
+    changed = (np.asarray(estimate.terms.main) != np.asarray(plain.terms.main)).any(0)
+    assert changed[blank].any() and not changed[~blank].any() and last.sum() == 512
+
+
+def test_trials_take_turns_on_the_same_rows():
+    """With four draws every row meets every walk, and nothing is learned of the order."""
+    generator, params = network()
+    trial = generator.at_random(4)
+    batch = batch_of(300, jax.random.key(0))
+    ranks = []
+
+    def spy(z, log_t, context, rank):
+        ranks.append(np.asarray(rank))
+        return trial.reverse(params)(z, log_t, context, rank)
+
+    estimate = objective(4).estimate(batch, trial.forward(params, batch.tokens_BL), spy)
+    assert (estimate.terms.order == 0).all() and estimate.credit is None
+    share = {}
+    for number, name in enumerate(TRIALS):
+        turn = (np.arange(4)[:, None] + 4 * np.arange(300)) % 4 == number
+        share[name] = [
+            np.mean((ranks[0][turn] == wanted).all(-1)) for wanted in ([0, 1, 2], [2, 1, 0])
+        ]
+    assert share["to the right"][0] > 0.99 and share["to the left"][1] > 0.99
+    assert share["to both sides"][0] == pytest.approx(0.25, abs=0.1)
+    assert share["at random"][0] == pytest.approx(1 / 6, abs=0.09)
