@@ -21,8 +21,8 @@ def get_config(order: str = "lomdm") -> ConfigDict:
         config.objective.uniform_share = 0.5
         config.train.random_steps = 400  # half of them
     if order == "lomdm-ranked":
-        config.train.random_steps = 200  # a quarter of them
-        config.objective.mask_samples = 2
+        config.train.random_steps = 100  # an eighth of them
+        config.objective.mask_samples = 4
         config.model.head_layers = 0
     config.data.length = 32  # short sequences leave the unigram plateau soonest
 

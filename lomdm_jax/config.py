@@ -6,12 +6,13 @@ from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
 from lomdm_jax.errors import UserError
+from lomdm_jax.objectives.leave_one_out import groups
 
 DTYPES = ("float32", "bfloat16")
 SAMPLERS = ("ancestral", "race")
 LAYOUTS = ("own", "ranked")
 GRIDS = ("even", "linear")
-GIVEN = ("text", "posterior")
+GIVEN = ("posterior", "text")
 
 
 # By section; `validate` says what each leaf may be.
@@ -46,7 +47,12 @@ _DEFAULTS = {
     },
     "objective": {
         "name": "continuous",  # the paper's bound; "order": the time-free one
-        "mask_samples": 2,  # masked versions per sequence; a learned order needs 2
+        # Masked versions per sequence; a learned order needs 2. On the ranked layout, orders of
+        # each sequence in the rows that come in groups of one.
+        "mask_samples": 2,
+        # Ranked layout: share of a batch's rows that come in groups. The order is learned from
+        # those; the rest show the network more text.
+        "order_share": 0.25,
         "eps": 1e-3,  # where the time integral ends, as in MDLM
         "reconstruction_share": 1 / 16,  # rows drawn at t = eps; few are needed
         # The order is learned from, and with, contexts of the order at this temperature; 1 is the
@@ -79,7 +85,8 @@ _DEFAULTS = {
     "train": {
         "steps": 1_000_000,
         # Steps in random order before an order is learned: at the cost of masked diffusion, and
-        # with its broad view of contexts. An evaluation follows, which chooses a walk.
+        # with its broad view of contexts. An evaluation follows, which chooses a walk. On the
+        # ranked layout walks take turns, and the one under which the text has cost least is taken.
         "random_steps": 0,
         "batch_size": 512,  # sequences per step over all devices
         "micro_batches": 1,  # parts a batch is cut into to save memory
@@ -100,8 +107,9 @@ _DEFAULTS = {
         # Ranked layout: a call reveals fewer than that if drawing their tokens independently could
         # lose more than this many nats, by the sum of their entropies less the largest.
         "dependence": float("inf"),
-        "given": "text",  # ranked layout: the order in which prompt and suffix are read, as in the
-        # "text" or as the order's "posterior" would have it
+        # Ranked layout: prompt and suffix are read as the "posterior" of the order would reveal
+        # them, which is what the network has met; or from left to right, as in the "text".
+        "given": "posterior",
         "steps": 64,  # ancestral: network calls
         "grid": "even",  # ancestral: even progress, or the literature's "linear" in t
         "count": 8,  # sequences
@@ -141,7 +149,7 @@ _POSITIVE = (
     "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
     "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
     "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
-    "sample.count checkpoint.every checkpoint.keep"
+    "sample.count checkpoint.every checkpoint.keep objective.order_share"
 ).split()
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
@@ -268,6 +276,26 @@ def _check_ranked(config: ConfigDict, order: orders.Order) -> None:
     for key, value in needed.items():
         if leaf(config, key) != value:
             _reject(config, key, f"{why}{value!r}.")
+    if order.walks:
+        _check_groups(config)
+
+
+def _check_groups(config: ConfigDict) -> None:
+    size, share = config.objective.mask_samples, config.objective.order_share
+    rows = config.train.batch_size // config.train.micro_batches
+    if rows % size:
+        _reject(
+            config,
+            "objective.mask_samples",
+            f"it must divide the {rows} rows of a micro-batch, some of which come in such groups.",
+        )
+    if not share <= 1 or not groups(rows, size, share):
+        _reject(
+            config,
+            "objective.order_share",
+            f"of {rows} rows per micro-batch one group of objective.mask_samples = {size} must "
+            f"come of it: use {size / rows:g} to 1.",
+        )
 
 
 def _check_walk(config: ConfigDict) -> None:

@@ -30,7 +30,7 @@ class Generator(NamedTuple):
     time_conditioning: whether the network is told the noise level at t.
     one_pass: what a pass of the network scores: one "state", all "groups" of an order, or a whole
       "order" on the ranked layout; see `make_objective`.
-    random: if above 0, what is learned of the order is left out; see `at_random`.
+    random: whether what is learned of the order is left out; see `at_random`.
     """
 
     graphdef: Any
@@ -38,23 +38,26 @@ class Generator(NamedTuple):
     mask_id: int
     time_conditioning: bool = False
     one_pass: str = "state"
-    random: int = 0
+    random: bool = False
 
-    def at_random(self, draws: int = 1) -> "Generator":
+    def at_random(self) -> "Generator":
         """The same network under the order that a learned one starts from: the heads have no part
         in it, and under jit they cost nothing.
 
         It is uniformly random; on the ranked layout, if the order has a walk, the walks that it
-        may have take turns (`orders.learned.TRIALS`).
-
-        draws: K, orders that are drawn for each row.
+        may have take turns from row to row (`orders.learned.TRIALS`).
         """
-        return self._replace(random=draws)
+        return self._replace(random=True)
+
+    @property
+    def compares(self) -> bool:
+        """Whether orders of the same text are compared from row to row of a batch."""
+        return self.order.walks and self.one_pass == "order"
 
     @property
     def on_trial(self) -> bool:
         """Whether several walks take turns."""
-        return bool(self.random) and self.order.walks and self.one_pass == "order"
+        return self.random and self.compares
 
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
@@ -108,7 +111,7 @@ class Generator(NamedTuple):
         log_w = schedule.weights().log_w
         if self.on_trial:
             tables = jnp.asarray(np.stack(list(TRIALS.values())))
-            return Walk(log_w, tables[trial_of(self.random, log_w.shape[-2])])
+            return Walk(log_w, tables[trial_of(log_w.shape[-2])])
         table = jax.lax.stop_gradient(module.walk_head.table[...])
         if not isinstance(scores, Pointed):
             return Walk(log_w, table)

@@ -185,8 +185,7 @@ def _steps(
     learned = compiled_step(run, run.generator, optimizer, state)
     if first >= until:
         return lambda number, *inputs: learned(*inputs)
-    draws = run.config.objective.mask_samples
-    random = compiled_step(run, run.generator.at_random(draws), optimizer, state)
+    random = compiled_step(run, run.generator.at_random(), optimizer, state)
     return lambda number, *inputs: (random if number <= until else learned)(*inputs)
 
 
@@ -202,6 +201,7 @@ def compiled_step(
         temperature=config.objective.temperature,
         uniform_share=config.objective.uniform_share,
         blank_share=config.objective.blank_share,
+        order_share=config.objective.order_share,
     )
     copies = meshes.replicated(run.mesh)
     step = jax.jit(

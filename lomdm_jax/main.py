@@ -23,8 +23,10 @@ jobs
   sample     text from a checkpoint, and the order in which it was generated
 
 common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
-  --config.order.name=NAME               the generation order: lomdm, lomdm-order, walk, genmd4,
-                                         mdm, cosine, ar, r2l, block:SIZE or permutation:SEED
+  --config.order.name=NAME               the generation order: lomdm-ranked, lomdm, lomdm-order,
+                                         walk, genmd4, mdm, cosine, ar, r2l, block:SIZE or
+                                         permutation:SEED
+  --config.model.layout=own|ranked       ranked: any order, with a key-value cache
   --config.data.source=FILE              your own text, .txt or .jsonl (.gz, .xz)
   --config.objective.name=continuous|order
   --config.train.steps=N                 --config.train.batch_size=SEQUENCES
@@ -32,6 +34,7 @@ common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
   --config.model.width=N                 --config.model.layers=N
   --config.eval.sequences=N              --config.eval.draws=N
   --config.sample.sampler=race|ancestral --config.sample.prompt=TEXT
+  --config.sample.reveal=POSITIONS       --config.sample.dependence=NATS
   --config.checkpoint.restore=latest|best|STEP
 
 examples

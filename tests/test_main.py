@@ -19,6 +19,7 @@ from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import walk_choice
 from lomdm_jax.main import main, parse
 from lomdm_jax.objectives.nelbo import Terms
+from lomdm_jax.orders.learned import TRIALS
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """
@@ -394,6 +395,19 @@ def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, caps
         ("ar", ["train.random_steps=5"], ["train.random_steps", "5", "'ar' learns none"]),
         ("lomdm", ["train.random_steps=40"], ["train.random_steps", "train.steps = 40 leaves"]),
         ("mdm", ["objective.ignore_first=true", "data.length=1"], ["data.length", "2 or more"]),
+        ("mdm", ["objective.blank_share=0.1"], ["objective.blank_share", "0.1", '"ranked"']),
+        ("lomdm", ["model.layout=ranked"], ["model.layout", "'lomdm' reads states", "'own'"]),
+        ("ar", ["model.layout=twisted"], ["model.layout", "'twisted'", "own, ranked"]),
+        (
+            "lomdm-ranked",
+            ["eval.estimator=continuous"],
+            ["eval.estimator", "'continuous'", "whole orders", "'order'"],
+        ),
+        (
+            "mdm",
+            ["model.layout=ranked", "sample.sampler=ancestral"],
+            ["sample.sampler", "'ancestral'", "'race'"],
+        ),
     ],
 )
 def test_what_an_order_cannot_do_is_refused(arguments, tmp_path, capsys, order, changes, words):
@@ -411,6 +425,38 @@ def test_a_length_other_than_the_prepared_datas_is_refused(arguments, data, tmp_
     changes = (f"data.directory={folder}", "data.length=32")
     message = refused(arguments(tmp_path, *changes), capsys)
     assert "32" in message and "16" in message and "length" in message
+
+
+def test_the_ranked_layout_finds_keeps_and_samples_its_order(arguments, tmp_path, capsys):
+    """Trials for three steps, then one walk for good; resumed, evaluated, and sampled around a
+    prompt and a suffix, several positions a call."""
+
+    def command(steps, *changes):
+        changes = (f"train.steps={steps}", "train.random_steps=3", "train.eval_every=5", *changes)
+        return arguments(tmp_path, *changes, config="configs/quickstart.py:lomdm-ranked")
+
+    assert main(command(4, "checkpoint.every=3")) == 0
+    (chosen,) = (s for s in capsys.readouterr().out.splitlines() if s.startswith("walk  "))
+    before, after = (restore(tmp_path / "checkpoints", step)["state"] for step in (3, 4))
+    name = chosen.rsplit("grows ", 1)[1]
+    assert list(TRIALS)[int(np.argmin(before["trials"]))] == name
+    for state in (before, after):
+        np.testing.assert_array_equal(state["ema"]["walk_head"]["table"], TRIALS[name])
+    np.testing.assert_array_equal(before["trials"], after["trials"])
+    assert main(command(6)) == 0
+    assert "walk  " not in capsys.readouterr().out
+    found = json_of(tmp_path, "evaluation.json")
+    assert main([*command(6), "--job", "evaluate"]) == 0
+    assert json_of(tmp_path, "evaluation.json") == found and found["clock"] == 0
+    for given in ("text", "posterior"):
+        changes = ("sample.prompt=the", "sample.suffix=list.", "sample.reveal=4")
+        changes = (*changes, f"sample.given={given}", "sample.dependence=1e9")
+        assert main([*command(6, *changes), "--job", "sample"]) == 0
+        records = (tmp_path / "samples.jsonl").read_text().splitlines()
+        record = json.loads(records[0])
+        blank = sum(call > 0 for call in record["revealed"])
+        assert record["calls"] == -(-blank // 4) and record["revealed"][0] == 0
+        assert record["text"].startswith("the") and record["text"].endswith("list.")
 
 
 def json_of(folder, name="manifest.json"):

@@ -19,13 +19,14 @@ class Denoiser(nnx.Module):
     The heads see the hidden states through a stop-gradient, so that the order terms train the
     heads only and the cross-entropy trains the backbone only. GenMD4 has one rate per vocabulary
     entry instead, and its reverse rates train the backbone too. On the ranked layout the two are
-    pointers: the posterior sees all of x, the prior the contents revealed so far.
+    pointers: the posterior sees all of x, through its blocks if it has any, the prior what is
+    revealed so far.
 
     Args:
       sizes: of the backbone; the heads share its width.
       length: positions of a sequence; matters to pointers only.
       mask_id: id of the mask token.
-      head_layers: blocks in each order head.
+      head_layers: blocks in each order head; of pointers, in the posterior only.
       scores: what the order is learned from: "position" for a score per position from the two
         heads, "token" for one per vocabulary entry, "pointer" for which position follows which,
         "none" for a fixed order.

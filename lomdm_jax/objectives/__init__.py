@@ -32,6 +32,7 @@ def make_objective(
     reconstruction_share: float,
     temperature: float = 1.0,
     uniform_share: float = 0.0,
+    order_share: float = 1.0,
     blank_share: float = 0.0,
     one_pass: str = "state",
 ) -> Objective:
@@ -42,14 +43,18 @@ def make_objective(
     `temperature` and `uniform_share` to the second; see `nelbo`.
     `one_pass` says what a pass of the model scores: one "state"; all "groups" of an order that
     attention follows; or a whole "order" on the ranked layout, which has no time: there both names
-    mean `nelbo.all_ranks`, and `blank_share` matters.
+    mean `nelbo.all_ranks`, and `order_share` and `blank_share` matter.
 
     Raises:
       UserError: for an unknown name.
     """
     if one_pass == "order" and name in NAMES:
         estimate = functools.partial(
-            nelbo.all_ranks, mask_id=mask_id, samples=samples, blank_share=blank_share
+            nelbo.all_ranks,
+            mask_id=mask_id,
+            samples=samples,
+            order_share=order_share,
+            blank_share=blank_share,
         )
         return Objective(estimate, ("main", "order"))
     if name == "continuous":
@@ -86,4 +91,8 @@ def loss(
     estimate = objective.estimate(batch, forward, reverse)
     total_KB = jnp.sum(jnp.stack([getattr(estimate.terms, name) for name in objective.terms]), 0)
     credit = estimate.credit or Credit(estimate.log_q_KB[..., None], total_KB[..., None])
-    return jnp.mean(total_KB, axis=0) + surrogate(*credit), estimate
+    extra_G, total_B = surrogate(*credit), jnp.mean(total_KB, axis=0)
+    if estimate.credit is None:
+        return total_B + extra_G, estimate
+    total_KG = total_B.reshape(len(credit.log_q_KGN), -1)  # a row of each group in each
+    return total_KG.at[:, : len(extra_G)].add(extra_G).reshape(-1), estimate

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def surrogate(log_q_KBN: jax.Array, loss_KBN: jax.Array) -> jax.Array:
@@ -20,3 +21,23 @@ def surrogate(log_q_KBN: jax.Array, loss_KBN: jax.Array) -> jax.Array:
     others_KBN = (jnp.sum(loss_KBN, axis=0) - loss_KBN) / (count - 1)
     credit_KBN = jax.lax.stop_gradient(loss_KBN - others_KBN)
     return jnp.mean(jnp.sum(log_q_KBN * credit_KBN, axis=-1), axis=0)
+
+
+def groups(rows: int, size: int, share: float) -> int:
+    """How many groups of `size` rows there are if `share` of the rows come in groups.
+
+    The members of group g are the rows g, g + rows / size, and so on: `size` has to divide `rows`.
+    """
+    return int(share * rows / size)
+
+
+def leaders(rows: int, size: int, share: float, parts: int = 1) -> np.ndarray:
+    """The row whose text each row takes, int [rows]: in groups that of the first, else its own.
+
+    Draws of the same text make the best baseline, but teach the network less than other text
+    would. So some rows come in groups, and the order is learned from those.
+
+    parts: of the batch, where part p has the rows p, p + parts, ...; a group stays in its part.
+    """
+    place, row = np.arange(rows) % (rows // size), np.arange(rows)
+    return np.where(place < parts * groups(rows // parts, size, share), place, row)

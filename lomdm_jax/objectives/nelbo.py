@@ -20,6 +20,7 @@ from lomdm_jax.objectives.corruption import (
     corrupt_race,
     group_uniforms,
 )
+from lomdm_jax.objectives.leave_one_out import groups
 from lomdm_jax.orders.race import invert, next_log_shares, reveal_log_probabilities, row_ranks
 from lomdm_jax.orders.race import log_shares as log_shares_of
 from lomdm_jax.orders.schedule import Schedule, Weights
@@ -82,11 +83,11 @@ def targets_of(counted_BL: Array, ignore_first: bool) -> Array:
 
 
 class Credit(NamedTuple):
-    """Choices and what they cost, float32 [K, B, N], nats: log-probability of each choice, and the
-    cost from there on. What came before a choice is no credit to it."""
+    """Choices and what they cost, nats, float32 [K, G, N] for G groups of K draws of the same text:
+    log-probability of each choice, and the cost from there on; what came before is no credit."""
 
-    log_q_KBN: jax.Array
-    later_KBN: jax.Array
+    log_q_KGN: jax.Array
+    later_KGN: jax.Array
 
 
 class Estimate(NamedTuple):
@@ -95,7 +96,7 @@ class Estimate(NamedTuple):
     log_q_KB: log-probability of the draw, nats, float32.
     confidence_KBL: the largest token probability, float32.
     forward_KBL, reverse_KBL: d log m / d log t at the drawn states (the exponents of a power
-      schedule), float32; on the ranked layout, the probability that a position came when it did.
+      schedule), float32; of pointers, the probability that a position came when it did.
     credit: of the choices that made the draw, for a gradient with less noise; None if it has no
       steps: then the whole draw is one choice.
     """
@@ -262,9 +263,10 @@ def all_ranks(
     *,
     mask_id: int,
     samples: int,
+    order_share: float = 1.0,
     blank_share: float = 0.0,
 ) -> Estimate:
-    """The bound of the ranked layout: one pass scores all reveals of whole orders.
+    """The bound of the ranked layout: one pass scores all reveals of a whole order, one per row.
 
     The model is autoregressive over (position, token) pairs, p(x, order). With orders from q, the
     forward schedule given x,  -log p(x) <= E_q [sum CE + log q(order | x) - log p(order | x)],
@@ -272,53 +274,60 @@ def all_ranks(
     the same for both, so its order costs nothing.
 
     Args:
-      batch: rows to score.
-      forward: schedule with parameters [B, L], or [K, B, L] for draws of K different orders.
+      batch: rows to score, of which some come in groups of the same text.
+      forward: schedule with parameters [B, L].
       reverse: the model; called with the clean text as context, and with ranks.
       mask_id: id of the mask token.
-      samples: K, orders drawn for each row.
+      samples, order_share: size of a group, and share of the rows that come in groups; see
+        `leave_one_out.leaders`. What q is learned from.
       blank_share: share of the rows in which a random span is revealed last, so that the network
-        also learns to fill a blank from what surrounds it. Those rows teach the network only, and
-        the estimate is that of the bound with 0 only.
+        also learns to fill a blank from what surrounds it; groups have none. Those rows teach the
+        network only, and the estimate is that of the bound with 0 only.
     """
-    weights, blank_B = _with_blanks(batch, forward.weights().spread(samples), blank_share)
-    keys_KB = jax.vmap(lambda key: jax.random.split(key, samples), out_axes=1)(batch.keys_B)
-    draw = jax.vmap(lambda keys_B, weights: row_ranks(keys_B, weights, batch.targets_BL))
-    rank_KBL = draw(keys_KB, jax.lax.stop_gradient(weights))
-    z_KBL = jnp.full(rank_KBL.shape, mask_id, jnp.int32)
-    logits_KBLV, backward = reverse(z_KBL, None, batch.tokens_BL, rank_KBL)
-    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, rank_KBL.shape)
-    nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
-    nll_KBL = jnp.where(batch.targets_BL, nll_KBL, 0.0)
-    mask_KBL = jnp.broadcast_to(batch.targets_BL, rank_KBL.shape)
-    nothing = jnp.zeros(nll_KBL.shape[:2])
+    rows = len(batch.keys_B)
+    count = groups(rows, samples, order_share)
+    grouped_B = np.arange(rows) % (rows // samples) < count
+    blank_B = (batch.uniform_B < blank_share) & ~grouped_B
+    # What is given comes first, in the order's own way, and counts nothing.
+    everyone_BL, weights = jnp.ones_like(batch.targets_BL), forward.weights()
+    weights = weights.after(_outside_blanks(batch, blank_B)) if blank_share else weights
+    weights = weights.after(~batch.targets_BL)
+    rank_BL = row_ranks(batch.keys_B, jax.lax.stop_gradient(weights), everyone_BL)
+    order_BL = invert(rank_BL)
+    counts_BL = jnp.take_along_axis(batch.targets_BL, order_BL, -1) & ~blank_B[:, None]
+    z_BL = jnp.full_like(batch.tokens_BL, mask_id)
+    logits_1BLV, backward = reverse(z_BL[None], None, batch.tokens_BL, rank_BL[None])
+    nll_BL, confidence_BL = token_nll(logits_1BLV[0], batch.tokens_BL, mask_id)
+    nll_BL = jnp.where(batch.targets_BL, nll_BL, 0.0)
     if weights.moves is None:
-        return _without_order(jnp.sum(nll_KBL, -1), nothing, mask_KBL, confidence_KBL)
-    log_q_KBL, log_p_KBL = (
-        jnp.where(blank_B[:, None], 0.0, reveal_log_probabilities(w, rank_KBL, batch.targets_BL))
-        for w in (weights, backward.weights())
+        main = jnp.sum(nll_BL, axis=-1)[None]
+        fixed = (main, jnp.zeros_like(main), batch.targets_BL[None], confidence_BL[None])
+        return _without_order(*fixed)
+    prior = jax.tree.map(lambda a: a[0], backward.weights())
+    log_q_BL, log_p_BL = (
+        jnp.where(counts_BL, reveal_log_probabilities(w, rank_BL, everyone_BL), 0.0)
+        for w in (weights, prior._replace(group=weights.group))
     )
-    excess_KBL = log_q_KBL - log_p_KBL
-    cost_KBL = jnp.take_along_axis(nll_KBL, invert(rank_KBL), axis=-1) + excess_KBL
-    later_KBL = jnp.flip(jnp.cumsum(jnp.flip(cost_KBL, -1), -1), -1)
-    terms = Terms(jnp.sum(nll_KBL, -1), jnp.sum(excess_KBL, -1), nothing, nothing)
-    q_KBL, p_KBL = (jnp.exp(jnp.take_along_axis(a, rank_KBL, -1)) for a in (log_q_KBL, log_p_KBL))
-    credit, log_q_KB = Credit(log_q_KBL, later_KBL), jnp.sum(log_q_KBL, -1)
-    return Estimate(terms, log_q_KB, mask_KBL, confidence_KBL, q_KBL, p_KBL, credit)
+    # The mean of a score is zero: only `credit` carries the gradient of q, without that noise.
+    excess_BL = jax.lax.stop_gradient(log_q_BL) - log_p_BL
+    cost_BL = jnp.take_along_axis(nll_BL, order_BL, axis=-1) + excess_BL
+    later_BL = jnp.flip(jnp.cumsum(jnp.flip(cost_BL, -1), -1), -1)
+    both = (a.reshape(samples, -1, a.shape[-1])[:, :count] for a in (log_q_BL, later_BL))
+    credit = Credit(*both)
+    main, order = jnp.sum(nll_BL, axis=-1), jnp.sum(excess_BL, axis=-1)
+    terms = Terms(main, order, jnp.zeros_like(main), jnp.zeros_like(main))
+    q_BL, p_BL = (jnp.exp(jnp.take_along_axis(a, rank_BL, -1)) for a in (log_q_BL, log_p_BL))
+    found = (terms, jnp.sum(log_q_BL, -1), batch.targets_BL, confidence_BL, q_BL, p_BL)
+    return Estimate(*jax.tree.map(lambda a: a[None], found))._replace(credit=credit)
 
 
-def _with_blanks(batch: Batch, weights: Weights, share: float) -> tuple[Weights, jax.Array]:
-    """The weights with a random span in a later group in `share` of the rows, and which, [B]."""
-    if not share:
-        return weights, jnp.zeros(len(batch.keys_B), bool)
-    length, blank_B = batch.tokens_BL.shape[-1], batch.uniform_B < share
+def _outside_blanks(batch: Batch, blank_B: jax.Array) -> jax.Array:
+    """All but a random span in the rows that have a blank, bool [B, L]."""
+    length = batch.tokens_BL.shape[-1]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(batch.keys_B, 1)
     ends_B2 = jax.vmap(lambda key: jnp.sort(jax.random.randint(key, (2,), 0, length + 1)))(keys_B)
     where, (start_B1, end_B1) = jnp.arange(length), jnp.split(ends_B2, 2, axis=-1)
-    inside_BL = blank_B[:, None] & (where >= start_B1) & (where < end_B1)
-    later = jnp.max(weights.group, axis=-1, keepdims=True) + 1
-    group = jnp.where(inside_BL, later + weights.group, weights.group)
-    return weights._replace(group=group), blank_B
+    return ~(blank_B[:, None] & (where >= start_B1) & (where < end_B1))
 
 
 def group_costs(

@@ -18,7 +18,10 @@ WALKS = {
     "to both sides": np.array([[0, 8], [8, 8]], np.float32),
 }
 # What a network on the ranked layout tries side by side before one of them is chosen.
-TRIALS = WALKS | {"at random": np.zeros((2, 2), np.float32)}
+TRIALS = {
+    name: WALKS.get(name, np.zeros((2, 2), np.float32))
+    for name in ("to the right", "to both sides", "to the left", "at random")
+}
 
 
 def norm_sig(scores_BL: jax.Array) -> jax.Array:
@@ -61,10 +64,10 @@ def by_token(scores_BL: jax.Array) -> Power:
     return Power(scores_BL)
 
 
-def trial_of(draws: int, rows: int) -> np.ndarray:
-    """The index in TRIALS of each draw of each row, int [K, B]: all in turn, and as many as can be
-    on the same row, so that they are compared on the same text."""
-    return (np.arange(draws)[:, None] + draws * np.arange(rows)) % len(TRIALS)
+def trial_of(rows: int) -> np.ndarray:
+    """The index in TRIALS of each row, int [B]: a quarter of the rows each, so that rows that lie
+    a half or a quarter of the batch apart, as those of a group do, differ."""
+    return np.arange(rows) * len(TRIALS) // rows
 
 
 def log_weights(scores_BL: jax.Array) -> Power:

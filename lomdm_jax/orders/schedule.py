@@ -54,19 +54,10 @@ class Weights(NamedTuple):
             log_w = log_w + _of_move(self.moves, last)
         return Weights(log_w, self.group)
 
-    def spread(self, count: int) -> "Weights":
-        """With leading axes [count, B], also where all draws or all rows had the same."""
-
-        def lead(a: jax.Array, own: int) -> jax.Array:
-            return jnp.broadcast_to(a, (count, self.log_w.shape[-2], *a.shape[a.ndim - own :]))
-
-        near, moves = self.neighbours, self.moves
-        return Weights(
-            log_w=lead(self.log_w, 1),
-            group=lead(self.group, 1),
-            neighbours=None if near is None else lead(near, 2),
-            moves=None if moves is None else lead(moves, 2),
-        )
+    def after(self, first: jax.Array) -> "Weights":
+        """The same order, but with the positions `first`, bool [..., L], before all others."""
+        later = jnp.max(self.group, axis=-1, keepdims=True) + 1
+        return self._replace(group=self.group + jnp.where(first, 0, later))
 
     def flattened(self, temperature: float) -> "Weights":
         """Every log-weight divided by the temperature: 1 for the same order, more for a flatter."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lomdm_jax.generator import Generator
-from lomdm_jax.orders.race import row_ranks
+from lomdm_jax.orders.race import invert, row_ranks
 from lomdm_jax.sampling import driver, recall
 from lomdm_jax.sampling.ancestral import Ancestral
 from lomdm_jax.sampling.driver import Chooser, Samples
@@ -30,15 +30,16 @@ def make_sampler(config: ConfigDict, generator: Generator) -> Sampler:
         params: Any, key: jax.Array, tokens_BL: jax.Array, given_BL: jax.Array
     ) -> Samples:
         length = tokens_BL.shape[-1]
-        if config.given == "posterior":
+        key, given_key = jax.random.split(key)
+        if config.given == "text":
+            drawn_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
+        else:
             z_BL = jnp.where(given_BL, tokens_BL, generator.mask_id)
-            key, given_key = jax.random.split(key)
+            weights = generator.forward(params, z_BL).weights().after(given_BL)
             rows_B = jnp.arange(len(tokens_BL))
             keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(given_key, rows_B)
-            rank_BL = row_ranks(keys_B, generator.forward(params, z_BL).weights(), given_BL)
-            rank_BL -= jnp.sum(~given_BL, axis=-1, keepdims=True)  # what is no target came first
-        else:
-            rank_BL = jnp.cumsum(given_BL, axis=-1) - 1
+            drawn_BL = row_ranks(keys_B, weights, jnp.ones_like(given_BL))
+        rank_BL = invert(invert(jnp.where(given_BL, drawn_BL, length)))
         return recall.generate(
             key,
             generator.recaller(params, length),

@@ -151,7 +151,8 @@ _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
     *("data.source", "data.valid_source", "data.length", "data.valid_share"),
     *("objective.clip_noise", "objective.ignore_first", "objective.temperature"),
-    *("objective.uniform_share", "objective.blank_share", "train.random_steps"),
+    *("objective.uniform_share", "objective.blank_share", "objective.order_share"),
+    *("train.random_steps",),
 )
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lomdm_jax.generator import Generator
 from lomdm_jax.objectives import Objective, loss
 from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.leave_one_out import groups, leaders
 from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, targets_of
 from lomdm_jax.orders.learned import TRIALS, trial_of
 from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
@@ -43,10 +44,11 @@ def make_train_step(
         loss_B, estimate = loss(objective, batch, forward, reverse)
         stats = _statistics(batch, estimate)
         if generator.on_trial:
-            stats["trials"] = _of_trials(estimate.terms.main)
+            stats["trials"] = _of_trials(estimate.terms.main[0], config)
         return jnp.sum(loss_B), stats
 
     def train_step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Arrays]:
+        batch = _grouped(batch, config) if generator.compares else batch
         targets_BL = targets_of(batch["counted"], config.objective.ignore_first)
         rows = _rows(
             batch["tokens"], targets_BL, state.noise_range, jax.random.fold_in(key, state.step)
@@ -115,12 +117,21 @@ def _statistics(batch: Batch, estimate: Estimate) -> Arrays:
     return stats
 
 
-def _of_trials(main_KB: jax.Array) -> jax.Array:
-    """Nats of all rows under each of TRIALS, [4], had each been drawn for every row."""
-    trial_N, nats_N = trial_of(*main_KB.shape).reshape(-1), main_KB.reshape(-1)
-    sums = jax.ops.segment_sum(nats_N, trial_N, len(TRIALS))
-    counts = np.bincount(trial_N, minlength=len(TRIALS))
-    return sums / np.maximum(counts, 1) * main_KB.shape[1]
+def _grouped(batch: Arrays, config: ConfigDict) -> Arrays:
+    """With rows of the same text, to compare orders on; see `leave_one_out.leaders`."""
+    size, share = config.objective.mask_samples, config.objective.order_share
+    row_B = leaders(len(batch["tokens"]), size, share, config.train.micro_batches)
+    return {name: a[row_B] for name, a in batch.items()}
+
+
+def _of_trials(main_B: jax.Array, config: ConfigDict) -> jax.Array:
+    """Nats of all rows under each of TRIALS, [4], as far as the rows in groups tell."""
+    rows, size = len(main_B), config.objective.mask_samples
+    count = groups(rows, size, config.objective.order_share)
+    trial_N = trial_of(rows).reshape(size, -1)[:, :count].reshape(-1)
+    nats_N = main_B.reshape(size, -1)[:, :count].reshape(-1)
+    met = np.maximum(np.bincount(trial_N, minlength=len(TRIALS)), 1)
+    return jax.ops.segment_sum(nats_N, trial_N, len(TRIALS)) / met * rows
 
 
 def _metrics(stats: Arrays, minimised: tuple[str, ...]) -> Arrays:

@@ -14,9 +14,11 @@ from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.leave_one_out import leaders
 from lomdm_jax.objectives.nelbo import Batch
-from lomdm_jax.orders import make_order
+from lomdm_jax.orders import make_order, race
 from lomdm_jax.orders.learned import TRIALS
+from lomdm_jax.orders.schedule import Weights
 from lomdm_jax.sampling import recall
 from tests import oracle
 
@@ -87,7 +89,10 @@ def pairs(generator, params, x):
     logits, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
     log_p = jax.nn.log_softmax(logits[0, :, :, :VOCAB])
     nll = -jnp.take_along_axis(log_p, x_BL[..., None], -1)[..., 0]
-    backward = jax.tree.map(lambda a: a[0], backward.weights().spread(1))
+    backward = backward.weights()
+    if backward.moves is not None:
+        backward = backward._replace(neighbours=backward.neighbours[0], moves=backward.moves[0])
+    backward = backward._replace(log_w=backward.log_w[0])
     forward = generator.forward(params, x_BL).weights()
     return nll, choices(backward, RANKS), choices(forward, RANKS)
 
@@ -144,7 +149,7 @@ def test_a_fixed_order_has_no_noise_and_is_the_chain_rule(name):
 
 
 def gradient(generator, params, key, samples=2):
-    batch = batch_of(64, key)
+    batch = batch_of(60, key)
 
     def mean_loss(params):
         forward = generator.forward(params, batch.tokens_BL)
@@ -292,15 +297,20 @@ def test_an_infill_has_the_conditional_distribution_of_its_order():
 
 
 def test_the_likelihood_of_a_blank_given_the_rest():
-    """Targets alone are counted, after all that is given."""
+    """Targets alone are counted, after all that is given, which comes in the order's own way."""
     generator, params = network()
-    batch = batch_of(4, jax.random.key(0))._replace(
-        targets_BL=jnp.tile(jnp.arange(LENGTH) == 1, (4, 1))
-    )
+    batch = batch_of(400, jax.random.key(0))
+    batch = batch._replace(targets_BL=batch.targets_BL & (jnp.arange(LENGTH) == 1))
     forward = generator.forward(params, batch.tokens_BL)
-    terms = objective().estimate(batch, forward, generator.reverse(params)).terms
-    order = (ORDERS == [0, 2, 1]).all(-1).argmax()
-    np.testing.assert_allclose(terms.main, pairs(generator, params, X)[0][order, 1], rtol=1e-5)
+    terms = objective(1).estimate(batch, forward, generator.reverse(params)).terms
+    nll, _, _ = pairs(generator, params, X)
+    found = [nll[(order == ORDERS).all(-1).argmax(), 1] for order in ([0, 2, 1], [2, 0, 1])]
+    given = Weights(*(a if a is None else a[:1] for a in forward.weights()))
+    given = given.after(jnp.arange(LENGTH) != 1)
+    p = np.exp(race.next_log_shares(given, jnp.ones((1, LENGTH), bool), jnp.array([-1]))[0][0])
+    first = np.isclose(terms.main[0], found[0], rtol=1e-5)
+    assert (first | np.isclose(terms.main[0], found[1], rtol=1e-5)).all()
+    assert first.mean() == pytest.approx(float(p[0]), abs=4 * float(p[0] * p[2] / 400) ** 0.5)
     np.testing.assert_allclose(terms.order, 0, atol=1e-6)  # there is no choice
 
 
@@ -320,50 +330,67 @@ def test_dependence_bounds_what_a_call_reveals():
         assert recall._independent(logits, budget).sum() == taken
 
 
+def ranks_of(objective, batch, generator, params):
+    """The estimate, and the ranks that it drew, [B, L]."""
+    ranks = []
+
+    def spy(z, log_t, context, rank):
+        ranks.append(np.asarray(rank[0]))
+        return generator.reverse(params)(z, log_t, context, rank)
+
+    estimate = objective.estimate(batch, generator.forward(params, batch.tokens_BL), spy)
+    return estimate, ranks[0]
+
+
 def test_rows_for_blanks_reveal_a_span_last_and_teach_the_network_only():
     generator, params = network()
     batch = batch_of(512, jax.random.key(0))
-    forward, reverse = generator.forward(params, batch.tokens_BL), generator.reverse(params)
-    ranks = []
-
-    def spy(z, log_t, context, rank):
-        ranks.append(rank)
-        return reverse(z, log_t, context, rank)
-
-    estimate = objective(blank_share=0.25).estimate(batch, forward, spy)
-    blank = np.asarray(batch.uniform_B) < 0.25
-    assert blank.sum() == 128
-    assert (estimate.terms.order[:, blank] == 0).all() and (
-        estimate.credit.log_q_KBN[:, blank] == 0
-    ).all()
-    plain = objective().estimate(batch, forward, reverse)
-    np.testing.assert_array_equal(estimate.terms.main[:, ~blank], plain.terms.main[:, ~blank])
-    middle_last = np.mean(np.asarray(ranks[0])[:, :, 1] == 2, axis=1)
-    assert middle_last.shape == (2,)
-    last = np.asarray(ranks[0])[0] == 2
-    changed = (np.asarray(estimate.terms.main) != np.asarray(plain.terms.main)).any(0)
-    assert changed[blank].any() and not changed[~blank].any() and last.sum() == 512
+    batch = batch._replace(uniform_B=jnp.arange(512)[::-1] / 512)  # blanks last, groups first
+    blanks = objective(blank_share=0.25, order_share=0.5)
+    estimate, ranks = ranks_of(blanks, batch, generator, params)
+    plain, before = ranks_of(objective(order_share=0.5), batch, generator, params)
+    blank = np.arange(512) >= 384
+    order, main = np.asarray(estimate.terms.order[0]), np.asarray(estimate.terms.main[0])
+    assert (order[blank] == 0).all() and (order[~blank] != 0).any()
+    np.testing.assert_array_equal(main[~blank], plain.terms.main[0, ~blank])
+    np.testing.assert_array_equal(ranks[~blank], before[~blank])
+    changed = (ranks[blank] != before[blank]).any(-1).mean()
+    assert 0.1 < changed < 0.9
+    assert estimate.credit.log_q_KGN.shape == (2, 128, LENGTH)
+    np.testing.assert_array_equal(estimate.credit.log_q_KGN, plain.credit.log_q_KGN)
 
 
-def test_trials_take_turns_on_the_same_rows():
-    """With four draws every row meets every walk, and nothing is learned of the order."""
+def test_a_blank_is_a_span_that_comes_last():
+    """Left to right but for the blank: ranks tell which span it was."""
+    generator, params = network("ar")
+    batch = batch_of(512, jax.random.key(0))._replace(uniform_B=jnp.zeros(512))
+    ranks = ranks_of(objective(blank_share=0.5, order_share=0.01), batch, generator, params)[1]
+    share = {tuple(rank): (ranks == rank).all(-1).mean() for rank in np.unique(ranks, axis=0)}
+    # Of the sorted pairs of ends in 0..3 with repetition, 16 in all: two are the span 0:1, two 1:2,
+    # two 0:2, and the ten others leave left to right as it is.
+    expected = {(2, 0, 1): 2 / 16, (0, 2, 1): 2 / 16, (1, 2, 0): 2 / 16, (0, 1, 2): 10 / 16}
+    assert share.keys() == expected.keys()
+    for rank, p in expected.items():
+        assert share[rank] == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / 512))
+
+
+def test_trials_take_turns_and_nothing_is_learned_of_the_order():
     generator, params = network()
-    trial = generator.at_random(4)
-    batch = batch_of(300, jax.random.key(0))
-    ranks = []
-
-    def spy(z, log_t, context, rank):
-        ranks.append(np.asarray(rank))
-        return trial.reverse(params)(z, log_t, context, rank)
-
-    estimate = objective(4).estimate(batch, trial.forward(params, batch.tokens_BL), spy)
+    batch = batch_of(1200, jax.random.key(0))
+    estimate, ranks = ranks_of(objective(4), batch, generator.at_random(), params)
     assert (estimate.terms.order == 0).all() and estimate.credit is None
     share = {}
     for number, name in enumerate(TRIALS):
-        turn = (np.arange(4)[:, None] + 4 * np.arange(300)) % 4 == number
-        share[name] = [
-            np.mean((ranks[0][turn] == wanted).all(-1)) for wanted in ([0, 1, 2], [2, 1, 0])
-        ]
+        mine = ranks[300 * number : 300 * (number + 1)]
+        share[name] = [np.mean((mine == wanted).all(-1)) for wanted in ([0, 1, 2], [2, 1, 0])]
     assert share["to the right"][0] > 0.99 and share["to the left"][1] > 0.99
     assert share["to both sides"][0] == pytest.approx(0.25, abs=0.1)
     assert share["at random"][0] == pytest.approx(1 / 6, abs=0.09)
+
+
+def test_groups_take_the_text_of_their_first_row():
+    np.testing.assert_array_equal(leaders(8, 2, 0.5), [0, 1, 2, 3, 0, 1, 6, 7])
+    np.testing.assert_array_equal(leaders(8, 4, 0.6), [0, 1, 0, 3, 0, 5, 0, 7])
+    # In two parts, the even and the odd rows, each has a group of two; in one they are the same.
+    np.testing.assert_array_equal(leaders(8, 2, 0.5, parts=2), leaders(8, 2, 0.5))
+    np.testing.assert_array_equal(leaders(6, 1, 1.0), np.arange(6))

@@ -9,6 +9,7 @@ from lomdm_jax.config import default_config
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.objectives import make_objective
+from lomdm_jax.objectives.leave_one_out import leaders
 from lomdm_jax.sampling.driver import generate
 from lomdm_jax.sampling.race import Race
 from lomdm_jax.training.optimizer import ema_decay, make_optimizer
@@ -23,7 +24,7 @@ def tiny(**changes):
     config = default_config()
     config.model.update(width=16, layers=1, heads=2, cond_dim=8, dropout=0.1)
     config.optimizer.update(learning_rate=0.01, warmup_steps=1)
-    config.train.batch_size = ROWS
+    config.train.batch_size, config.data.length = ROWS, LENGTH
     for key, value in changes.items():
         section, name = key.split("__")
         config[section][name] = value
@@ -50,8 +51,11 @@ def run(config, devices=1, steps=3, random=False):
         config.objective.name,
         mask_id=VOCAB,
         samples=config.objective.mask_samples,
+        order_share=config.objective.order_share,
         eps=config.objective.eps,
         reconstruction_share=config.objective.reconstruction_share,
+        blank_share=config.objective.blank_share,
+        one_pass=generator.one_pass,
     )
     state = jax.jit(
         lambda key: init_state(init_params(config, VOCAB + 1, key), optimizer), out_shardings=copies
@@ -75,17 +79,22 @@ def assert_close(ours, theirs, rtol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["continuous", "order"])
-def test_eight_devices_give_the_losses_of_one(name):
-    one, eight = (run(tiny(objective__name=name), devices)[1] for devices in (1, 8))
+RANKED = dict(order__name="lomdm-ranked", objective__blank_share=0.25, objective__order_share=0.5)
+SORTS = {"continuous": {}, "order": {}, "order, ranked": RANKED}
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_eight_devices_give_the_losses_of_one(sort):
+    config = tiny(objective__name=sort.partition(",")[0], **SORTS[sort])
+    one, eight = (run(config, devices)[1] for devices in (1, 8))
     assert_close(one, eight, 2e-4)
 
 
-@pytest.mark.parametrize("name", ["continuous", "order"])
-def test_accumulation_equals_the_plain_step(name):
+@pytest.mark.parametrize("sort", SORTS)
+def test_accumulation_equals_the_plain_step(sort):
     """Also with dropout and with rows of unequal counts in every micro-batch."""
     # Adam's first steps are the signs of gradients; a large eps keeps rounding from flipping them.
-    changes = dict(objective__name=name, optimizer__eps=1e-2)
+    changes = dict(objective__name=sort.partition(",")[0], optimizer__eps=1e-2, **SORTS[sort])
     plain = run(tiny(**changes), steps=2)
     parts = run(tiny(**changes, train__micro_batches=4), steps=2)
     for metrics in plain[1] + parts[1]:  # quantiles of a part are not those of the whole
@@ -138,6 +147,45 @@ def test_a_learned_order_starts_as_masked_diffusion(order, objective):
     start = init_params(tiny(order__name=order), VOCAB + 1, jax.random.key(0))
     for name in start.keys() - {"backbone"}:
         assert_close(early.params[name], start[name], 1e-6)
+
+
+def test_trials_add_up_what_each_walk_has_cost():
+    """In groups of four every text is tried under every walk. A fresh network gives every token
+    log V nats, so the first step costs each of them the same; later steps do not."""
+    changes = dict(objective__mask_samples=4, objective__order_share=0.5, model__dropout=0.0)
+    config = tiny(objective__name="order", order__name="lomdm-ranked", **changes)
+    state, (first,) = run(config, steps=1, random=True)
+    counted = batch()["counted"][leaders(ROWS, 4, 0.5)].sum(-1)
+    expected = counted[:2].sum() / 2 * ROWS / counted.sum() * np.log(VOCAB)
+    np.testing.assert_allclose(state.trials, np.full(4, expected), rtol=1e-5)
+    assert first["order"] == 0 and first["loss"] == pytest.approx(np.log(VOCAB), rel=1e-5)
+    later, _ = run(config, steps=6, random=True)
+    assert len(set((later.trials - state.trials).tolist())) == 4
+    learned, _ = run(config, steps=1)
+    assert not learned.trials.any(), "a learned order tries nothing"
+
+
+def test_the_gradient_of_pointers_is_clipped_by_itself():
+    """However large it is, the backbone moves as if it were not there."""
+    config = tiny(order__name="lomdm-ranked", objective__name="order").optimizer
+    optimizer = make_optimizer(config)
+    params = {"backbone": {"w": jnp.ones(3)}, "prior_head": {"distance": jnp.ones(3)}}
+
+    def scaled(factor):
+        grads = {
+            "backbone": {"w": jnp.arange(3.0)},
+            "prior_head": {"distance": factor * jnp.arange(3.0)},
+        }
+        state = optimizer.init(params)
+        for _ in range(2):  # the rate of the first step is zero
+            _, state = optimizer.update(grads, state, params)
+        return jax.tree.leaves(state)
+
+    small, large = scaled(1.0), scaled(1e4)
+    assert_close(small, large, 1e-6)
+    assert not any(
+        np.allclose(a, b) for a, b in zip(scaled(1e-3), large, strict=True) if a.size > 4
+    )
 
 
 def draw(config, params):
