@@ -187,10 +187,13 @@ def one(options: argparse.Namespace, text: str, seed: int) -> str:
 
 def write(options: argparse.Namespace) -> None:
     """discovery.md and discovery.png."""
-    head = "text | seed | to the right | to the left | to both sides | at random | kept"
-    head += " | Kendall's tau | decided after | nats per token"
+    from lomdm_jax.orders.learned import TRIALS
+
+    last = ["kept", "Kendall's tau", "decided after", "nats per token"]
     pairs = [(text, seed) for text in options.texts for seed in options.seeds]
-    table = as_markdown([head.split(" | "), *(row_of(options, *pair) for pair in pairs)])
+    table = as_markdown(
+        [["text", "seed", *TRIALS, *last], *(row_of(options, *pair) for pair in pairs)]
+    )
     (options.folder / "discovery.md").write_text(table)
     print(table)
     draw(options)

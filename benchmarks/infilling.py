@@ -6,7 +6,7 @@ Takes the runs of orders.py in the folder, trains those that are missing, and hi
 every held-out sequence. Scored is the bound (nelbo_order, the order's own estimator) on the hidden
 tokens given all others, in nats per hidden token: with one hidden token every bound but that of a
 learned order is exact. A causal order ("ar") cannot see what stands to the right of the middle, and
-on the ranked layout the surroundings are read first, as they stand in the text. Then the middle is
+on the ranked layout the surroundings are read first, in the order's own way. Then the middle is
 sampled once per sequence, one token per network call ("race", which is exact), and matches if it is
 the text's own.
 

@@ -79,6 +79,8 @@ def make_config(options: argparse.Namespace, variant: str, steps: int) -> Any:
     for key, value in SIZES[options.size].items():
         section, name = key.split(".")
         config[section][name] = value
+    if options.train == "stdlib":  # has more characters than the novels
+        config.data.vocab_size = max(config.data.vocab_size, 512)
     config.data.source, config.data.valid_source = options.train, options.valid
     config.data.directory = str(options.folder / "data")
     if order in ("genmd4", "lomdm", "lomdm-order"):  # two masked versions: half as many sequences

@@ -278,6 +278,9 @@ def _check_ranked(config: ConfigDict, order: orders.Order) -> None:
             _reject(config, key, f"{why}{value!r}.")
     if order.walks:
         _check_groups(config)
+    if order.walks and not order.learned and not config.train.random_steps:
+        remedy = f"order.name = {config.order.name!r} is found in them: use more."
+        _reject(config, "train.random_steps", remedy)
 
 
 def _check_groups(config: ConfigDict) -> None:

@@ -396,6 +396,24 @@ def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, caps
         ("lomdm", ["train.random_steps=40"], ["train.random_steps", "train.steps = 40 leaves"]),
         ("mdm", ["objective.ignore_first=true", "data.length=1"], ["data.length", "2 or more"]),
         ("mdm", ["objective.blank_share=0.1"], ["objective.blank_share", "0.1", '"ranked"']),
+        (
+            "lomdm-ranked",
+            ["objective.mask_samples=3"],
+            ["objective.mask_samples", "3", "divide the 16 rows"],
+        ),
+        (
+            "lomdm-ranked",
+            ["objective.order_share=0.1"],
+            ["objective.order_share", "0.1", "16 rows", "0.25 to 1"],
+        ),
+        (
+            "walk",
+            [
+                *("model.layout=ranked", "objective.temperature=1", "train.random_steps=0"),
+                "objective.uniform_share=0",
+            ],
+            ["train.random_steps", "'walk' is found in them"],
+        ),
         ("lomdm", ["model.layout=ranked"], ["model.layout", "'lomdm' reads states", "'own'"]),
         ("ar", ["model.layout=twisted"], ["model.layout", "'twisted'", "own, ranked"]),
         (

@@ -120,9 +120,9 @@ def test_left_to_right_it_is_a_causal_model_that_is_asked_by_a_mask_token(backbo
     hidden = backbone.hidden(both, cond, ranked(jnp.arange(length)[None]))
     plain = backbone.hidden(tokens, cond, causal(length))
     np.testing.assert_allclose(hidden[:, length:], plain, rtol=1e-4, atol=1e-5)
-    for place in range(length):
-        asked = tokens.at[:, place].set(mask_id)[:, : place + 1]
-        answer = backbone.hidden(asked, cond, causal(place + 1))[:, -1]
+    for place in range(length):  # what stands behind it is not seen
+        asked = tokens.at[:, place].set(mask_id)
+        answer = backbone.hidden(asked, cond, causal(length))[:, place]
         np.testing.assert_allclose(hidden[:, place], answer, rtol=1e-4, atol=1e-5)
 
 

@@ -104,7 +104,8 @@ def exact_bound(generator, params, x):
 
 def exact_p(generator, params):
     """p(order, x), [8, 6], on the host."""
-    both = [pairs(generator, params, x) for x in SEQUENCES]
+    all_pairs = jax.jit(lambda x: pairs(generator, params, x))
+    both = [all_pairs(x) for x in SEQUENCES]
     return np.array([np.exp(log_p.sum(-1) - nll.sum(-1)) for nll, log_p, _ in both], np.float64)
 
 
@@ -132,8 +133,9 @@ def test_pairs_of_order_and_text_sum_to_one_and_the_bound_is_above(name):
     generator, params = network(name)
     joint = exact_p(generator, params)
     assert joint.sum() == pytest.approx(1, abs=1e-5)
+    bound = jax.jit(lambda x: exact_bound(generator, params, x))
     for x, p in zip(SEQUENCES, joint.sum(-1), strict=True):
-        assert float(exact_bound(generator, params, x)) > -np.log(p) + 1e-4
+        assert float(bound(x)) > -np.log(p) + 1e-4
 
 
 @pytest.mark.parametrize("name", ["ar", "r2l", "permutation:1"])
@@ -301,9 +303,9 @@ def test_the_likelihood_of_a_blank_given_the_rest():
     generator, params = network()
     batch = batch_of(400, jax.random.key(0))
     batch = batch._replace(targets_BL=batch.targets_BL & (jnp.arange(LENGTH) == 1))
+    terms = ranks_of(objective(1), batch, generator, params)[0].terms
     forward = generator.forward(params, batch.tokens_BL)
-    terms = objective(1).estimate(batch, forward, generator.reverse(params)).terms
-    nll, _, _ = pairs(generator, params, X)
+    nll, _, _ = jax.jit(lambda x: pairs(generator, params, x))(X)
     found = [nll[(order == ORDERS).all(-1).argmax(), 1] for order in ([0, 2, 1], [2, 0, 1])]
     given = Weights(*(a if a is None else a[:1] for a in forward.weights()))
     given = given.after(jnp.arange(LENGTH) != 1)
@@ -332,14 +334,19 @@ def test_dependence_bounds_what_a_call_reveals():
 
 def ranks_of(objective, batch, generator, params):
     """The estimate, and the ranks that it drew, [B, L]."""
-    ranks = []
 
-    def spy(z, log_t, context, rank):
-        ranks.append(np.asarray(rank[0]))
-        return generator.reverse(params)(z, log_t, context, rank)
+    @jax.jit
+    def draw(batch):
+        ranks = []
 
-    estimate = objective.estimate(batch, generator.forward(params, batch.tokens_BL), spy)
-    return estimate, ranks[0]
+        def spy(z, log_t, context, rank):
+            ranks.append(rank[0])
+            return generator.reverse(params)(z, log_t, context, rank)
+
+        estimate = objective.estimate(batch, generator.forward(params, batch.tokens_BL), spy)
+        return estimate, ranks[0]
+
+    return jax.device_get(draw(batch))
 
 
 def test_rows_for_blanks_reveal_a_span_last_and_teach_the_network_only():
