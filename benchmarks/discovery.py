@@ -1,9 +1,10 @@
 """Which order is found from a random start, on texts whose best order is known or suspected.
 
-python benchmarks/discovery.py [--seeds 0,1,...] [--steps N] [--texts english,docstrings,...]
+python benchmarks/discovery.py [--runs english:10,docstrings:10,reversed:3,...] [--steps N]
                                [--train FILE --valid FILE] [--folder DIR]
 
-Trains `lomdm-ranked` on each text with each seed and writes into the folder discovery.md (what the
+Trains `lomdm-ranked` on each text with so many seeds (the first to N steps, the others to half of
+them; the trials take a quarter of N), and writes into the folder discovery.md (what the
 trials of walks cost, which walk was kept, what the order is at the end) and discovery.png (a seed:
 the order over training, the table of distances, and replays of samples). The texts:
 
@@ -30,23 +31,23 @@ import orders
 from orders_table import as_markdown
 
 LENGTH = 16  # of the sentences, with the end of the text
-KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ012345"
+KEYS, DECIDED, NOISE = "ABCDEFGHIJKLMNOPQRSTUVWXYZ012345", "abcd", "uvwxyz"
 # Place of the deciding letter, and of those that it decides.
 FIELDS = {"last": (14, range(4, 12)), "middle": (8, [4, 5, 6, 7, 9, 10, 11, 12])}
-TEXTS = ("english", "docstrings", "reversed", "last", "middle")
+RUNS = "english:10,docstrings:10,reversed:3,last:3,middle:3"
 SNAPSHOTS = 8
 
 
 def sentences(name: str, count: int, seed: int) -> Iterator[str]:
     """Random letters, but for those that the deciding one determines."""
-    tables = np.random.default_rng(0).integers(0, 4, (LENGTH, len(KEYS)))
+    tables = np.random.default_rng(0).integers(len(DECIDED), size=(LENGTH, len(KEYS)))
     rng, (place, decided) = np.random.default_rng(seed), FIELDS[name]
     for _ in range(count):
         key = rng.integers(len(KEYS))
-        letters = ["wxyz"[i] for i in rng.integers(0, 4, LENGTH - 1)]
+        letters = [NOISE[i] for i in rng.integers(len(NOISE), size=LENGTH - 1)]
         letters[place] = KEYS[key]
         for i in decided:
-            letters[i] = "abcd"[tables[i, key]]
+            letters[i] = DECIDED[tables[i, key]]
         yield "".join(letters)
 
 
@@ -88,7 +89,7 @@ def make_config(options: argparse.Namespace, text: str, seed: int, steps: int) -
     config = load_config(str(orders.ROOT / "configs" / "quickstart.py"), "lomdm-ranked")
     config.data.source, config.data.valid_source = sources(options, text)
     config.data.directory = str(options.folder / "data")
-    config.data.vocab_size = 258 + len(KEYS) + 8 if text in FIELDS else 320
+    config.data.vocab_size = 258 + len(KEYS + DECIDED + NOISE) if text in FIELDS else 320
     config.data.length = LENGTH if text in FIELDS else 32
     config.train.random_steps = options.steps // 4
     config.train.steps, config.train.seed = steps, seed
@@ -111,11 +112,13 @@ def train(options: argparse.Namespace, text: str, seed: int, snapshots: int) -> 
 
     workdir, found = workdir_of(options, text, seed), []
     workdir.mkdir(parents=True, exist_ok=True)
-    for steps in np.linspace(0, options.steps, snapshots + 1).astype(int)[1:]:
+    last = options.steps if snapshots > 1 else options.steps // 2
+    for steps in np.linspace(options.steps // 4, last, snapshots + 1).astype(int)[1:]:
         run = start(make_config(options, text, seed, int(steps)), workdir)
         params = jobs.train(run)
         jobs.describe_order(run, params)
         found.append({"step": int(steps), **seen(workdir, params)})
+    found.insert(0, {"step": 0, **seen(workdir, params, "before")})
     jobs.write_samples(run, params)
     trials = np.asarray(trial_costs(run)) / run.config.train.random_steps
     table = np.asarray(params["walk_head"]["table"])
@@ -124,16 +127,16 @@ def train(options: argparse.Namespace, text: str, seed: int, snapshots: int) -> 
     (workdir / "found.json").write_text(json.dumps({**facts, "snapshots": found}))
 
 
-def seen(workdir: pathlib.Path, params: Any) -> dict[str, Any]:
-    """What the order is now."""
-    statistics = json.loads((workdir / "order_statistics.json").read_text())["after"]
+def seen(workdir: pathlib.Path, params: Any, when: str = "after") -> dict[str, Any]:
+    """What the order is now, or was before training."""
+    statistics = json.loads((workdir / "order_statistics.json").read_text())[when]
     evaluation = json.loads((workdir / "evaluation.json").read_text())
-    pointer = params["posterior_head"]
+    learned = 30 * np.asarray(params["posterior_head"]["distance"]) * (when == "after")
     return {
         "nats": evaluation["nelbo_order_nats_per_token"],
         "tau": statistics["kendall_tau"]["mean"],
         "rank": [mean["mean"] for mean in statistics["rank_by_position"]],
-        "distance": (30 * np.asarray(pointer["distance"])).tolist(),
+        "distance": learned.tolist(),
     }
 
 
@@ -180,7 +183,7 @@ def row_of(options: argparse.Namespace, text: str, seed: int) -> list[str]:
 def one(options: argparse.Namespace, text: str, seed: int) -> str:
     """One run in a process of its own, unless it is complete; its name."""
     if not (workdir_of(options, text, seed) / "found.json").exists():
-        snapshots = SNAPSHOTS if seed == options.seeds[0] else 1
+        snapshots = 1 if seed else SNAPSHOTS
         orders.child(options, "--run", json.dumps([text, seed, snapshots]))
     return f"{text}, seed {seed}"
 
@@ -190,7 +193,7 @@ def write(options: argparse.Namespace) -> None:
     from lomdm_jax.orders.learned import TRIALS
 
     last = ["kept", "Kendall's tau", "decided after", "nats per token"]
-    pairs = [(text, seed) for text in options.texts for seed in options.seeds]
+    pairs = [(text, seed) for text, seeds in options.runs.items() for seed in range(seeds)]
     table = as_markdown(
         [["text", "seed", *TRIALS, *last], *(row_of(options, *pair) for pair in pairs)]
     )
@@ -203,10 +206,10 @@ def draw(options: argparse.Namespace) -> None:
     """A row per text, of the first seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.5 * len(options.texts)), layout="constrained")
-    axes = figure.subplots(len(options.texts), 4, squeeze=False, width_ratios=(2, 3, 3, 3))
-    for row, text in zip(axes, options.texts, strict=True):
-        workdir = workdir_of(options, text, options.seeds[0])
+    figure = Figure(figsize=(11, 2.5 * len(options.runs)), layout="constrained")
+    axes = figure.subplots(len(options.runs), 4, squeeze=False, width_ratios=(2, 3, 3, 3))
+    for row, text in zip(axes, options.runs, strict=True):
+        workdir = workdir_of(options, text, 0)
         snapshots = json.loads((workdir / "found.json").read_text())["snapshots"]
         lines = (workdir / "samples.jsonl").read_text().splitlines()
         revealed = np.array([json.loads(line)["revealed"] for line in lines])
@@ -218,15 +221,17 @@ def draw_row(row: Any, text: str, snapshots: list[dict[str, Any]], revealed: np.
     steps = [s["step"] for s in snapshots]
     row[0].plot(steps, [s["tau"] for s in snapshots], "o-", ms=3)
     row[0].set(ylim=(-1.05, 1.05), xlabel="step", ylabel=f"{text}\n\nKendall's tau")
-    top, end, length = steps[0] / 2, steps[-1] + steps[0] / 2, revealed.shape[1]
+    top, end, length = 0, len(snapshots), revealed.shape[1]
     rank = np.array([s["rank"] for s in snapshots], float)
     style = {"aspect": "auto", "interpolation": "nearest", "origin": "upper"}
     row[1].imshow(rank, extent=(0, length, end, top), vmin=0, vmax=1, **style)
     row[1].set(title="mean rank (dark: early)", xlabel="position", ylabel="step")
+    row[1].set_yticks(np.arange(0, end, 2) + 0.5, steps[::2])
     table = np.array([s["distance"] for s in snapshots])
     window, limit = table.shape[1] // 2, max(np.abs(table).max(), 0.1)
     extent = (-window - 0.5, window + 0.5, end, top)
     row[2].imshow(table, extent=extent, vmin=-limit, vmax=limit, cmap="PuOr_r", **style)
+    row[2].set_yticks([])
     row[2].set(title=f"table of distances (±{limit:.1f} nats)", xlabel="distance from the last")
     row[3].imshow(revealed, extent=(0, length, len(revealed), 0), **style)
     row[3].set(title="samples (dark: early)", xlabel="position", ylabel="sample")
@@ -234,18 +239,20 @@ def draw_row(row: Any, text: str, snapshots: list[dict[str, Any]], revealed: np.
 
 def main() -> None:
     parser = orders.make_parser(__doc__)
-    parser.add_argument("--texts", default=",".join(TEXTS))
+    parser.add_argument("--runs", default=RUNS, help="texts, and how many seeds of each")
     parser.set_defaults(steps=1600, folder=orders.ROOT / "runs" / "discovery")
     options = orders.finish(parser.parse_args())
-    options.texts = options.texts.split(",")
+    pairs = (pair.split(":") for pair in options.runs.split(","))
+    options.runs = {text: int(seeds) for text, seeds in pairs}
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.run:
         return train(options, *json.loads(options.run))
     from lomdm_jax.data.prepare import prepare
 
-    for text in options.texts:  # before several processes ask for it
+    for text in options.runs:  # before several processes ask for it
         prepare(make_config(options, text, 0, options.steps).data)
-    pairs = [(text, seed) for seed in options.seeds for text in options.texts]
+    most = range(max(options.runs.values()))
+    pairs = [(t, seed) for seed in most for t, count in options.runs.items() if seed < count]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as workers:
         jobs = [workers.submit(one, options, *pair) for pair in pairs]
         for number, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
