@@ -120,7 +120,7 @@ def train(options: argparse.Namespace, text: str, seed: int, snapshots: int) -> 
         found.append({"step": int(steps), **seen(workdir, params)})
     found.insert(0, {"step": 0, **seen(workdir, params, "before")})
     jobs.write_samples(run, params)
-    trials = np.asarray(trial_costs(run)) / run.config.train.random_steps
+    trials = np.asarray(jobs.saved_state(run).trials) / run.config.train.random_steps
     table = np.asarray(params["walk_head"]["table"])
     walk = next(name for name, known in TRIALS.items() if np.array_equal(table, known))
     facts = {"trials": dict(zip(TRIALS, trials.tolist(), strict=True)), "walk": walk}
@@ -138,22 +138,6 @@ def seen(workdir: pathlib.Path, params: Any, when: str = "after") -> dict[str, A
         "rank": [mean["mean"] for mean in statistics["rank_by_position"]],
         "distance": learned.tolist(),
     }
-
-
-def trial_costs(run: Any) -> Any:
-    """The sums that the last checkpoint holds."""
-    import jax
-
-    from lomdm_jax import jobs
-    from lomdm_jax.distributed.mesh import replicated
-    from lomdm_jax.training.checkpoint import Checkpoints
-    from lomdm_jax.training.optimizer import make_optimizer
-
-    checkpoints = Checkpoints(run.workdir / "checkpoints", 1, create=False)
-    fresh = jobs.fresh(run, make_optimizer(run.config.optimizer))
-    abstract = jax.eval_shape(fresh, jax.random.key(0))
-    step = checkpoints.find("latest")
-    return checkpoints.restore(step, abstract, replicated(run.mesh)).state.trials
 
 
 def decided_after(options: argparse.Namespace, text: str, seed: int) -> float:

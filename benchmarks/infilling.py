@@ -45,6 +45,7 @@ def middle(length: int, size: int) -> np.ndarray:
 
 def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, Any]:
     """A run of orders.py, made first if it is not there, and its EMA parameters."""
+    from lomdm_jax import jobs
     from lomdm_jax.run import start
 
     workdir = workdir_of(options, variant, seed)
@@ -53,27 +54,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, 
     config = orders.make_config(options, variant, options.steps)
     config.train.seed = seed
     run = start(config, workdir)
-    return run, saved(run)
-
-
-def saved(run: Any) -> Any:
-    """The EMA parameters of the run's newest checkpoint."""
-    import jax
-
-    from lomdm_jax import jobs
-    from lomdm_jax.distributed.mesh import replicated
-    from lomdm_jax.training.checkpoint import Checkpoints, check_facts, facts
-    from lomdm_jax.training.optimizer import make_optimizer
-
-    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep, create=False)
-    step = checkpoints.find("latest")
-    known = facts(run.config, run.prepared.tokenizer)
-    check_facts(checkpoints.facts(step), known, resume=False)
-    fresh = jobs.fresh(run, make_optimizer(run.config.optimizer))
-    abstract = jax.eval_shape(fresh, jax.random.key(0))
-    state = checkpoints.restore(step, abstract, replicated(run.mesh)).state
-    checkpoints.close()
-    return state.ema
+    return run, jobs.saved_state(run).ema
 
 
 def hidden(run: Any, limit: int, size: int) -> Iterator[dict[str, np.ndarray]]:

@@ -74,14 +74,14 @@ def train(run: Run) -> Any:
 
 def evaluate(run: Run) -> None:
     """Score the validation set with the EMA parameters of a checkpoint, and describe the order."""
-    params = _saved_parameters(run)
+    params = saved_state(run).ema
     make_evaluator(run)(params)
     describe_order(run, params)
 
 
 def sample(run: Run) -> None:
     """Generate with the EMA parameters of a checkpoint, and draw the order."""
-    write_samples(run, _saved_parameters(run))
+    write_samples(run, saved_state(run).ema)
 
 
 def save_config(run: Run) -> None:
@@ -263,15 +263,15 @@ def _restore(
     return checkpoints.restore(step, abstract, meshes.replicated(run.mesh))
 
 
-def _saved_parameters(run: Run) -> Any:
-    """The EMA parameters of the checkpoint that `checkpoint.restore` names."""
+def saved_state(run: Run) -> TrainState:
+    """The state of the checkpoint that `checkpoint.restore` names."""
     checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep, create=False)
     step = checkpoints.find(str(run.config.checkpoint.restore))
     optimizer = make_optimizer(run.config.optimizer)
     restored = _restore(run, optimizer, checkpoints, step, resume=False)
     checkpoints.close()
     print(f"parameters: EMA at step {step} of {checkpoints.folder}", flush=True)
-    return restored.state.ema
+    return restored.state
 
 
 def _generate(run: Run, params: Any) -> Samples:

@@ -284,41 +284,44 @@ def all_ranks(
         also learns to fill a blank from what surrounds it; groups have none. Those rows teach the
         network only, and the estimate is that of the bound with 0 only.
     """
-    rows = len(batch.keys_B)
-    count = groups(rows, samples, order_share)
+    rows, count = len(batch.keys_B), groups(len(batch.keys_B), samples, order_share)
     grouped_B = np.arange(rows) % (rows // samples) < count
     blank_B = (batch.uniform_B < blank_share) & ~grouped_B
     # What is given comes first, in the order's own way, and counts nothing.
-    everyone_BL, weights = jnp.ones_like(batch.targets_BL), forward.weights()
+    weights = forward.weights()
     weights = weights.after(_outside_blanks(batch, blank_B)) if blank_share else weights
     weights = weights.after(~batch.targets_BL)
+    everyone_BL = jnp.ones_like(batch.targets_BL)
     rank_BL = row_ranks(batch.keys_B, jax.lax.stop_gradient(weights), everyone_BL)
-    order_BL = invert(rank_BL)
-    counts_BL = jnp.take_along_axis(batch.targets_BL, order_BL, -1) & ~blank_B[:, None]
     z_BL = jnp.full_like(batch.tokens_BL, mask_id)
     logits_1BLV, backward = reverse(z_BL[None], None, batch.tokens_BL, rank_BL[None])
     nll_BL, confidence_BL = token_nll(logits_1BLV[0], batch.tokens_BL, mask_id)
     nll_BL = jnp.where(batch.targets_BL, nll_BL, 0.0)
+    main = jnp.sum(nll_BL, axis=-1)[None]
+    nothing, drawn = jnp.zeros_like(main), (batch.targets_BL[None], confidence_BL[None])
     if weights.moves is None:
-        main = jnp.sum(nll_BL, axis=-1)[None]
-        fixed = (main, jnp.zeros_like(main), batch.targets_BL[None], confidence_BL[None])
-        return _without_order(*fixed)
-    prior = jax.tree.map(lambda a: a[0], backward.weights())
+        return _without_order(main, nothing, *drawn)
+    prior = jax.tree.map(lambda a: a[0], backward.weights())._replace(group=weights.group)
+    order_BL = invert(rank_BL)
+    counts_BL = jnp.take_along_axis(batch.targets_BL, order_BL, -1) & ~blank_B[:, None]
     log_q_BL, log_p_BL = (
         jnp.where(counts_BL, reveal_log_probabilities(w, rank_BL, everyone_BL), 0.0)
-        for w in (weights, prior._replace(group=weights.group))
+        for w in (weights, prior)
     )
     # The mean of a score is zero: only `credit` carries the gradient of q, without that noise.
     excess_BL = jax.lax.stop_gradient(log_q_BL) - log_p_BL
     cost_BL = jnp.take_along_axis(nll_BL, order_BL, axis=-1) + excess_BL
+    terms = Terms(main, jnp.sum(excess_BL, axis=-1)[None], nothing, nothing)
+    q, p = (jnp.exp(jnp.take_along_axis(a, rank_BL, -1))[None] for a in (log_q_BL, log_p_BL))
+    credit = _credit(log_q_BL, cost_BL, samples, count)
+    return Estimate(terms, jnp.sum(log_q_BL, -1)[None], *drawn, q, p, credit)
+
+
+def _credit(log_q_BL: jax.Array, cost_BL: jax.Array, samples: int, count: int) -> Credit:
+    """Of the reveals, in their order, of the rows in the first `count` groups of `samples`."""
     later_BL = jnp.flip(jnp.cumsum(jnp.flip(cost_BL, -1), -1), -1)
     both = (a.reshape(samples, -1, a.shape[-1])[:, :count] for a in (log_q_BL, later_BL))
-    credit = Credit(*both)
-    main, order = jnp.sum(nll_BL, axis=-1), jnp.sum(excess_BL, axis=-1)
-    terms = Terms(main, order, jnp.zeros_like(main), jnp.zeros_like(main))
-    q_BL, p_BL = (jnp.exp(jnp.take_along_axis(a, rank_BL, -1)) for a in (log_q_BL, log_p_BL))
-    found = (terms, jnp.sum(log_q_BL, -1), batch.targets_BL, confidence_BL, q_BL, p_BL)
-    return Estimate(*jax.tree.map(lambda a: a[None], found))._replace(credit=credit)
+    return Credit(*both)
 
 
 def _outside_blanks(batch: Batch, blank_B: jax.Array) -> jax.Array:

@@ -84,22 +84,23 @@ def generate(
         slots_BQ = jnp.where(taken_BQ, slots_BQ, length)
         return _reveal(carry, model, drawn_BQ, places_BQ, slots_BQ)
 
-    memory, weights = model.start(rows)
-    start = _Carry(
-        tokens_BL=jnp.where(given_rank_BL < length, tokens_BL, mask_id).astype(jnp.int32),
-        rank_BL=jnp.full_like(given_rank_BL, length),
-        revealed_BL=jnp.zeros_like(given_rank_BL),
-        weights=weights,
-        memory=memory,
-        call=jnp.zeros((), jnp.int32),
-    )
-    places_BL = invert(given_rank_BL)
-    slots_BL = jnp.take_along_axis(given_rank_BL, places_BL, axis=-1)
-    given_BL = jnp.take_along_axis(start.tokens_BL, places_BL, axis=-1)
-    start = _reveal(start, model, given_BL, places_BL, slots_BL)
-    start = start._replace(revealed_BL=jnp.zeros_like(given_rank_BL), call=jnp.zeros((), jnp.int32))
+    start = _begin(model, jnp.where(given_rank_BL < length, tokens_BL, mask_id), given_rank_BL)
     end = jax.lax.while_loop(unfinished, step, start)
     return Samples(end.tokens_BL, end.revealed_BL, end.call)
+
+
+def _begin(model: Recaller, tokens_BL: jax.Array, given_rank_BL: jax.Array) -> _Carry:
+    """The state in which what is given is read, and no call is made."""
+    nothing, none = jnp.zeros_like(given_rank_BL), jnp.zeros((), jnp.int32)
+    masked_BL = jnp.full_like(given_rank_BL, given_rank_BL.shape[-1])
+    memory, weights = model.start(len(tokens_BL))
+    empty = _Carry(tokens_BL.astype(jnp.int32), masked_BL, nothing, weights, memory, none)
+    places_BL = invert(given_rank_BL)
+    slots_BL, given_BL = (
+        jnp.take_along_axis(a, places_BL, axis=-1) for a in (given_rank_BL, empty.tokens_BL)
+    )
+    read = _reveal(empty, model, given_BL, places_BL, slots_BL)
+    return read._replace(revealed_BL=nothing, call=none)
 
 
 def _next(keys_B: jax.Array, carry: _Carry, reveal: int) -> tuple[jax.Array, jax.Array]:
