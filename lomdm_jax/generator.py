@@ -31,6 +31,7 @@ class Generator(NamedTuple):
     one_pass: what a pass of the network scores: one "state", all "groups" of an order, or a whole
       "order" on the ranked layout; see `make_objective`.
     random: whether what is learned of the order is left out; see `at_random`.
+    segments_BL: which document of its row each position belongs to; see `apart`.
     """
 
     graphdef: Any
@@ -39,6 +40,7 @@ class Generator(NamedTuple):
     time_conditioning: bool = False
     one_pass: str = "state"
     random: bool = False
+    segments_BL: jax.Array | None = None
 
     def at_random(self) -> "Generator":
         """The same network under the order that a learned one starts from: the heads have no part
@@ -62,9 +64,9 @@ class Generator(NamedTuple):
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
         module = self._module(params)
-        return self._schedule(
-            module, jnp.zeros(x_BL.shape) if self.random else module.forward_scores(x_BL)
-        )
+        if self.random:
+            return self._schedule(module, jnp.zeros(x_BL.shape))
+        return self._schedule(module, module.forward_scores(x_BL, self.segments_BL))
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
@@ -77,7 +79,10 @@ class Generator(NamedTuple):
             rank_KBL: jax.Array | None = None,
         ) -> tuple[jax.Array, Schedule]:
             count = z_KBL.shape[0]
-            context_NL = None if context_BL is None else jnp.repeat(context_BL, count, axis=0)
+            context_NL, segments_NL = (
+                None if a_BL is None else jnp.repeat(a_BL, count, axis=0)
+                for a_BL in (context_BL, self.segments_BL)
+            )
             module = self._module(params)
             found_N = module.denoise(
                 _rows(z_KBL),
@@ -85,6 +90,7 @@ class Generator(NamedTuple):
                 _split_keys(dropout_keys_B, count),
                 context_NL,
                 None if rank_KBL is None else _rows(rank_KBL),
+                segments_NL,
             )
             logits, scores = jax.tree.map(
                 lambda a: jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1), found_N
@@ -144,6 +150,16 @@ class Recall(NamedTuple):
 
     def ask(self, memory: Any, positions_BQ: jax.Array, slots_BQ: jax.Array) -> jax.Array:
         return self.module.ask(positions_BQ, slots_BQ, memory)
+
+
+def apart(generator: Generator, segments_BL: jax.Array | None) -> Generator:
+    """The same model for rows that hold several documents, each of which is seen from within only.
+
+    The order remains one of the whole row. Samplers generate one document and know no segments.
+
+    segments_BL: which document each position belongs to, int32; None for the model as it is.
+    """
+    return generator if segments_BL is None else generator._replace(segments_BL=segments_BL)
 
 
 def make_generator(config: ConfigDict, vocab_size: int, mask_id: int) -> Generator:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lomdm_jax.generator import Generator
+from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective
-from lomdm_jax.objectives.nelbo import Batch, Terms
+from lomdm_jax.objectives.nelbo import Terms, batch_of
 
 BOUNDS = {
     "nelbo": ("main", "order", "clock", "reconstruction"),
@@ -22,7 +22,8 @@ class Bound(NamedTuple):
     """An upper bound on the negative log-likelihood.
 
     nats_per_token and its standard error over sequences; perplexity = exp of it, with its
-    standard error; bits_per_byte of the UTF-8 text, which does not depend on the tokenizer.
+    standard error; bits_per_byte of the UTF-8 text, which does not depend on the tokenizer;
+    nan if the tokenizer loses text.
     """
 
     nats_per_token: float
@@ -55,13 +56,15 @@ def make_scorer(generator: Generator, objective: Objective, draws: int) -> Score
 
     Each sequence gets `draws` estimates, stratified in time (or in the number of masks) within
     the sequence and independent between sequences, so that the spread over sequences gives an
-    honest standard error. Draws depend on (key, index) only, not on the batch size.
+    honest standard error. Draws depend on (key, index) only, not on the batch size. A batch is as
+    of `training.step`.
     """
 
     def score(
         params: Any, batch: dict[str, jax.Array], index_B: jax.Array, key: jax.Array
     ) -> Terms:
-        forward = generator.forward(params, batch["tokens"])
+        model = apart(generator, batch.get("segments"))
+        forward = model.forward(params, batch["tokens"])
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
         keys_B2 = jax.vmap(jax.random.split)(keys_B)
         start_B = jax.vmap(jax.random.uniform)(keys_B2[:, 0])
@@ -69,8 +72,8 @@ def make_scorer(generator: Generator, objective: Objective, draws: int) -> Score
         def draw(number: jax.Array) -> Terms:
             draw_keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B2[:, 1], number)
             uniform_B = jnp.mod(start_B + number / draws, 1.0)
-            rows = Batch(batch["tokens"], batch["counted"], draw_keys_B, uniform_B)
-            terms = objective.estimate(rows, forward, generator.reverse(params)).terms
+            rows = batch_of(batch, draw_keys_B, uniform_B)
+            terms = objective.estimate(rows, forward, model.reverse(params)).terms
             return jax.tree.map(lambda term_KB: jnp.mean(term_KB, axis=0), terms)
 
         return jax.tree.map(lambda a: jnp.mean(a, axis=0), jax.lax.map(draw, jnp.arange(draws)))
@@ -85,7 +88,7 @@ def evaluate(
     *,
     key: jax.Array,
     draws: int,
-    byte_lengths: np.ndarray,
+    byte_lengths: np.ndarray | None,
     place: Callable[[Any], Any] = jax.device_put,
     progress: Callable[[int], None] = lambda sequences: None,
 ) -> Evaluation:
@@ -94,11 +97,12 @@ def evaluate(
     Args:
       scorer: a jitted `make_scorer`.
       params: parameters, usually the EMA's.
-      batches: dicts of `tokens` int32 [B, L] and `counted` bool [B, L]; rows without a counted
-        token are padding and are left out.
+      batches: dicts of `tokens` int32 [B, L], `counted` bool [B, L] and perhaps more, see
+        `training.step`; rows without a counted token fill up a batch and are left out.
       key: PRNG key of the draws.
       draws: as given to `make_scorer`.
-      byte_lengths: UTF-8 bytes of each token id, int32 [V].
+      byte_lengths: UTF-8 bytes of each token id, int32 [V]; None where ids do not tell, and then
+        bits_per_byte is nan.
       place: puts host arrays on the devices.
       progress: called with the number of sequences scored so far.
     """
@@ -106,7 +110,8 @@ def evaluate(
     for batch, terms in over_batches(scorer, params, batches, key=key, place=place):
         scores.append(np.stack(terms, axis=-1).astype(np.float64))
         tokens.append(batch["counted"].sum(axis=-1))
-        total_bytes += int(byte_lengths[batch["tokens"][batch["counted"]]].sum())
+        if byte_lengths is not None:
+            total_bytes += int(byte_lengths[batch["tokens"][batch["counted"]]].sum())
         progress(sum(map(len, tokens)))
     return _summarise(np.concatenate(scores), np.concatenate(tokens), total_bytes, draws)
 
@@ -150,7 +155,7 @@ def bound(nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int) -> Bound:
     """The bound from per-sequence nats and counted tokens; see `ratio`."""
     mean, error = ratio(nats_N, tokens_N)
     perplexity = math.exp(mean)
-    bits = nats_N.sum() / math.log(2) / max(total_bytes, 1)
+    bits = nats_N.sum() / math.log(2) / total_bytes if total_bytes else math.nan
     return Bound(mean, error, perplexity, perplexity * error, float(bits))
 
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lomdm_jax.generator import Generator
+from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives.corruption import stratified_uniforms
-from lomdm_jax.objectives.nelbo import Batch, group_costs
+from lomdm_jax.objectives.nelbo import Batch, batch_of, group_costs
 
 # Sequences that a search reads. It runs the network once on each for every candidate; BD3-LM
 # reads up to 100 batches.
@@ -37,20 +37,21 @@ def make_spread(generator: Generator) -> Spread:
     """(params, batch, key) -> for each of `candidates`, float32 [64]: the sum over blocks of the
     squared deviation of the block's training loss (nats) from the batch's mean; to be jitted.
 
-    batch holds `tokens` int32 [B, L] and `counted` bool [B, L]; blocks without a counted token
-    are left out. Every candidate gets the same random numbers.
+    batch holds `tokens` int32 [B, L], `counted` bool [B, L] and perhaps more, see `training.step`;
+    blocks without a counted token are left out. Every candidate gets the same random numbers.
     """
 
     def spread(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        rows, reverse = _rows(batch, key), generator.reverse(params)
-        group_BL = generator.forward(params, rows.tokens_BL).weights().group
+        model = apart(generator, batch.get("segments"))
+        rows, reverse = _rows(batch, key), model.reverse(params)
+        group_BL = model.forward(params, rows.tokens_BL).weights().group
 
         def deviation(range_2: jax.Array) -> jax.Array:
             ranged = rows._replace(noise_range_B2=range_2[None])
             cost_KBL, *_ = group_costs(
                 ranged, group_BL, reverse, mask_id=generator.mask_id, samples=1
             )
-            return _squared_deviations(cost_KBL[0], rows.targets_BL, group_BL[0])
+            return _squared_deviations(cost_KBL[0], batch["counted"], group_BL[0])
 
         return jax.lax.map(deviation, jnp.asarray(candidates()))
 
@@ -58,21 +59,21 @@ def make_spread(generator: Generator) -> Spread:
 
 
 def _rows(batch: dict[str, jax.Array], key: jax.Array) -> Batch:
-    """The rows with randomness as in training: stratified over the batch, less its padding."""
+    """The rows with randomness as in training: stratified over those with a counted token."""
     time_key, row_key = jax.random.split(key)
     keys_B = jax.random.split(row_key, len(batch["tokens"]))
     real = jnp.maximum(jnp.sum(batch["counted"].any(axis=-1)), 1)
     uniform_B = stratified_uniforms(time_key, jnp.arange(len(keys_B)), real)
-    return Batch(batch["tokens"], batch["counted"], keys_B, uniform_B)
+    return batch_of(batch, keys_B, uniform_B)
 
 
-def _squared_deviations(cost_BL: jax.Array, targets_BL: jax.Array, group_L: jax.Array) -> jax.Array:
-    """Of the sums over each group of each row that has a target, from their mean; a scalar."""
-    loss_GB, targets_GB = (
-        jax.ops.segment_sum(jnp.float32(a.T), group_L, len(group_L)) for a in (cost_BL, targets_BL)
+def _squared_deviations(cost_BL: jax.Array, counted_BL: jax.Array, group_L: jax.Array) -> jax.Array:
+    """Of the sums over each group of each row with a counted token, from their mean; a scalar."""
+    loss_GB, counted_GB = (
+        jax.ops.segment_sum(jnp.float32(a.T), group_L, len(group_L)) for a in (cost_BL, counted_BL)
     )
-    mean = jnp.mean(loss_GB, where=targets_GB > 0)
-    return jnp.sum((loss_GB - mean) ** 2, where=targets_GB > 0)
+    mean = jnp.mean(loss_GB, where=counted_GB > 0)
+    return jnp.sum((loss_GB - mean) ** 2, where=counted_GB > 0)
 
 
 def search(
@@ -88,7 +89,7 @@ def search(
     Args:
       spread: a jitted `make_spread`.
       params: parameters, usually the EMA's.
-      batches: dicts of `tokens` int32 [B, L] and `counted` bool [B, L].
+      batches: dicts as of `make_spread`.
       key: PRNG key of the draws.
       place: puts host arrays on the devices.
     """

@@ -14,9 +14,9 @@ from scipy import stats
 
 from lomdm_jax.evaluation.likelihood import over_batches, ratio
 from lomdm_jax.evaluation.order_report import ACCENT, GREY, INK
-from lomdm_jax.generator import Generator
+from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective
-from lomdm_jax.objectives.nelbo import Batch
+from lomdm_jax.objectives.nelbo import batch_of
 from lomdm_jax.orders.race import row_ranks
 
 # Sequences that the statistics read: tau of a random order is then known to 0.005 at L = 32.
@@ -72,11 +72,12 @@ def make_draw(generator: Generator, objective: Objective) -> Callable[..., Draw]
     def draw(params: Any, batch: dict[str, jax.Array], index_B: jax.Array, key: jax.Array) -> Draw:
         keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
         keys_B3 = jax.vmap(lambda key: jax.random.split(key, 3))(keys_B)
-        forward = generator.forward(params, batch["tokens"])
-        rank_BL = row_ranks(keys_B3[:, 0], forward.weights(), batch["counted"])
         uniform_B = jax.vmap(jax.random.uniform)(keys_B3[:, 1])
-        rows = Batch(batch["tokens"], batch["counted"], keys_B3[:, 2], uniform_B)
-        e = objective.estimate(rows, forward, generator.reverse(params))
+        rows = batch_of(batch, keys_B3[:, 2], uniform_B)
+        model = apart(generator, batch.get("segments"))
+        forward = model.forward(params, rows.tokens_BL)
+        rank_BL = row_ranks(keys_B3[:, 0], forward.weights(), rows.targets_BL)
+        e = objective.estimate(rows, forward, model.reverse(params))
         return Draw(rank_BL, e.mask_KBL[0], e.reverse_KBL[0], e.confidence_KBL[0])
 
     return draw
@@ -96,8 +97,8 @@ def measure(
     Args:
       draw: a jitted `make_draw`.
       params: parameters, usually the EMA's.
-      batches: dicts of `tokens` int32 [B, L] and `counted` bool [B, L]; rows without a counted
-        token are padding and are left out.
+      batches: dicts of `tokens` int32 [B, L], `counted` bool [B, L] and perhaps more, see
+        `training.step`; rows without a counted token fill up a batch and are left out.
       key: PRNG key of the draws.
       pieces: from token ids to their texts.
       place: puts host arrays on the devices.
@@ -113,16 +114,17 @@ def summarise(
     counted_NL: np.ndarray,
     pieces: Callable[[list[int]], list[str]],
 ) -> Statistics:
-    """See `measure`; arrays [N, L] of sequences with a counted token each."""
+    """See `measure`; arrays [N, L] of sequences with a counted token each, and of those only."""
     rank_NL = relative_rank(draws.rank_BL, counted_NL)
     taus = [
         stats.kendalltau(np.flatnonzero(counted_L), rank_L[counted_L]).statistic
         for rank_L, counted_L in zip(rank_NL, counted_NL, strict=True)
     ]
-    velocity, confidence = (a[draws.mask_BL] for a in (draws.velocity_BL, draws.confidence_BL))
+    mask_NL = draws.mask_BL & counted_NL
+    velocity, confidence = (a[mask_NL] for a in (draws.velocity_BL, draws.confidence_BL))
     within = [
         _correlation(stats.spearmanr, v[mask], c[mask])
-        for mask, v, c in zip(draws.mask_BL, draws.velocity_BL, draws.confidence_BL, strict=True)
+        for mask, v, c in zip(mask_NL, draws.velocity_BL, draws.confidence_BL, strict=True)
     ]
     class_NL = classes(tokens_NL, pieces)
     return Statistics(
@@ -140,7 +142,8 @@ def summarise(
 def relative_rank(rank_NL: np.ndarray, counted_NL: np.ndarray) -> np.ndarray:
     """Reveal rank among the counted positions, 0 first and 1 last; nan elsewhere, float [N, L]."""
     count_N1 = counted_NL.sum(axis=-1, keepdims=True)
-    first_N1 = counted_NL.shape[-1] - count_N1  # what is given comes before
+    first_N1 = counted_NL.shape[-1] - count_N1
+    rank_NL = np.where(counted_NL, rank_NL, -1).argsort(-1).argsort(-1)  # the others come before
     return np.where(counted_NL, (rank_NL - first_N1) / np.maximum(count_N1 - 1, 1), np.nan)
 
 

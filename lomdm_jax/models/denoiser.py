@@ -70,6 +70,7 @@ class Denoiser(nnx.Module):
         dropout_keys_B: jax.Array | None = None,
         context_BL: jax.Array | None = None,
         rank_BL: jax.Array | None = None,
+        segments_BL: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | Pointed]:
         """Logits, float32 [B, L, vocab_size], and reverse scores, float32 [B, L] (of a pointer, see
         `Pointed`).
@@ -83,12 +84,15 @@ class Denoiser(nnx.Module):
             group that is being revealed. On the full layout a position sees z.
           rank_BL: on the ranked layout, when each position is revealed, int32, 0 first; None for
             the groups.
+          segments_BL: which document of the row each position belongs to, int32; None for one.
+            Nothing is seen of other documents, but the order remains one of the whole row, and a
+            pointer may move from one document to another.
         """
         context_BL = z_BL if context_BL is None else context_BL
-        tokens_BQ, view, places_L = self._layout(z_BL, context_BL, rank_BL)
+        tokens_BQ, view, places = self._layout(z_BL, context_BL, rank_BL, segments_BL)
         cond_BD = self._condition(z_BL, sigma_B)
         hidden_BQD = self.backbone.hidden(tokens_BQ, cond_BD, view, dropout_keys_B)
-        hidden_BLD = hidden_BQD if places_L is None else hidden_BQD[:, places_L]
+        hidden_BLD = hidden_BQD if places is None else hidden_BQD[places]
         logits_BLV = self.backbone.output_layer(hidden_BLD, cond_BD)
         if self.scores == "none":
             return logits_BLV, jnp.zeros(z_BL.shape, jnp.float32)
@@ -100,7 +104,9 @@ class Denoiser(nnx.Module):
             return logits_BLV, self.prior_head(features[0][:, z_BL.shape[1] :], cond_BD, view)
         return logits_BLV, self.reverse_head(*features, view)
 
-    def forward_scores(self, x_BL: jax.Array) -> jax.Array | Pointed:
+    def forward_scores(
+        self, x_BL: jax.Array, segments_BL: jax.Array | None = None
+    ) -> jax.Array | Pointed:
         """Scores of the clean sequence x, as of `denoise`; zeros, for free, if the order is fixed.
 
         The pass over x carries no gradient and no dropout: its output defines q. A pointer reads
@@ -110,7 +116,7 @@ class Denoiser(nnx.Module):
             return jnp.zeros(x_BL.shape, jnp.float32)
         if self.scores == "token":
             return self.token_head.forward(x_BL)
-        view, cond_BD = full(x_BL.shape[1]), self._condition(x_BL, None)
+        view, cond_BD = full(x_BL.shape[1], segments_BL), self._condition(x_BL, None)
         if self.scores == "pointer":
             embedded_BLD = self.backbone.vocab_embed(x_BL)
             return self.posterior_head(*jax.lax.stop_gradient((embedded_BLD, cond_BD)), view)
@@ -146,22 +152,43 @@ class Denoiser(nnx.Module):
         return moves, memories
 
     def _layout(
-        self, z_BL: jax.Array, context_BL: jax.Array, rank_BL: jax.Array | None
-    ) -> tuple[jax.Array, View, np.ndarray | None]:
-        """Input tokens [B, Q], who sees whom, and where each position's output stands."""
+        self,
+        z_BL: jax.Array,
+        context_BL: jax.Array,
+        rank_BL: jax.Array | None,
+        segments_BL: jax.Array | None,
+    ) -> tuple[jax.Array, View, Any]:
+        """Input tokens [B, Q], who sees whom, and the index [B, Q] of each position's output."""
         length = z_BL.shape[1]
         if self.layout == "full":
-            return z_BL, full(length), None
+            return z_BL, full(length, segments_BL), None
         if self.layout == "ranked":
             rank = jnp.asarray(self.groups)[None] if rank_BL is None else rank_BL
             tokens_BQ = jnp.concatenate([z_BL, context_BL], axis=1)
-            return tokens_BQ, ranked(rank), np.arange(length)
+            return tokens_BQ, ranked(rank, segments_BL), np.s_[:, np.arange(length)]
         assert self.groups is not None
+        if segments_BL is not None:
+            return self._documents(context_BL, segments_BL)
         # In the order of generation, each slot holds the token before the one that it predicts.
         before_BL = context_BL[:, np.argsort(self.groups)[:-1]]
         start_B1 = jnp.full_like(z_BL[:, :1], self.mask_id)
         tokens_BQ = jnp.concatenate([start_B1, before_BL], axis=1)
-        return tokens_BQ, causal(length), np.asarray(self.groups)
+        return tokens_BQ, causal(length), np.s_[:, np.asarray(self.groups)]
+
+    def _documents(
+        self, context_BL: jax.Array, segments_BL: jax.Array
+    ) -> tuple[jax.Array, View, Any]:
+        """The causal layout, one document after another, each in its own order from a start."""
+        group_BL = jnp.broadcast_to(jnp.asarray(self.groups), segments_BL.shape)
+        order_BQ = jnp.lexsort((group_BL, segments_BL))
+        text_BQ, segment_BQ = (
+            jnp.take_along_axis(a, order_BQ, axis=1) for a in (context_BL, segments_BL)
+        )
+        goes_on = segment_BQ[:, 1:] == segment_BQ[:, :-1]
+        before = jnp.where(goes_on, text_BQ[:, :-1], self.mask_id)
+        tokens_BQ = jnp.pad(before, ((0, 0), (1, 0)), constant_values=self.mask_id)
+        rows = jnp.arange(len(order_BQ))[:, None]
+        return tokens_BQ, causal(order_BQ.shape[1], segment_BQ), (rows, jnp.argsort(order_BQ))
 
     def _condition(self, tokens_BL: jax.Array, sigma_B: jax.Array | None) -> jax.Array:
         sigma_B = jnp.zeros(tokens_BL.shape[0]) if sigma_B is None else sigma_B

@@ -33,25 +33,40 @@ class Memory(NamedTuple):
 
 
 class Plain(NamedTuple):
-    """Everyone sees everyone; or, if causal, itself and what stands before it."""
+    """Everyone sees everyone; or, if causal, itself and what stands before it.
+
+    segment: int32 [B, L]; nothing is seen of other segments. None for one segment.
+    """
 
     positions: jax.Array
     is_causal: bool
+    segment: jax.Array | None = None
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, memory: Any = None
     ) -> tuple[jax.Array, Any]:
-        return jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal), memory
+        if self.segment is None:
+            mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
+            return mixed, memory
+        rows = (self.positions[None], self.segment)
+        return _in_parts(query, key, value, rows, self._sees), memory
+
+    def _sees(self, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Whom the rows of these positions and segments see, bool [B, R, L]."""
+        assert self.segment is not None
+        position, segment = (a[..., None] for a in rows)
+        here = segment == self.segment[:, None]
+        return here & (position >= self.positions) if self.is_causal else here
 
 
-def full(length: int) -> Plain:
-    """Everyone sees everyone."""
-    return Plain(jnp.arange(length), False)
+def full(length: int, segment: jax.Array | None = None) -> Plain:
+    """Everyone sees everyone of its segment."""
+    return Plain(jnp.arange(length), False, segment)
 
 
-def causal(length: int) -> Plain:
-    """Everyone sees itself and what stands before it."""
-    return Plain(jnp.arange(length), True)
+def causal(length: int, segment: jax.Array | None = None) -> Plain:
+    """Everyone sees itself and what stands before it in its segment."""
+    return Plain(jnp.arange(length), True, segment)
 
 
 class Ranked(NamedTuple):

@@ -6,7 +6,7 @@ splits exactly into the order (which position next) and the clock (when). Text h
 main + order (+ reconstruction) is a bound as well, and a tighter one; all four are reported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import jax
@@ -62,12 +62,16 @@ class Batch(NamedTuple):
     """What is scored: rows of a global batch.
 
     tokens_BL: int32 token ids.
-    targets_BL: bool; the positions that are generated and counted. The others are given: never
-      masked, visible throughout, and absent from every sum.
+    targets_BL: bool; the positions that are generated. The others are given: never masked, visible
+      throughout, and absent from every sum.
     keys_B: one PRNG key per row.
     uniform_B: float32 in [0, 1), places each row's draw in time; see `stratified_uniforms`.
     noise_range_B2: float32, or [1, 2] for all rows; where in [0, 1) `all_groups` draws the masked
       share of every group. The estimate is that of the bound with the full range only.
+    padding_BL: bool; the pads, generated like tokens, but at no cost: their cross-entropies count
+      zero. None for none. With pads an estimate is that of the bound less the pads' cost: the
+      number that MDLM reports of LM1B, and no bound of the block, as pads also tell how long the
+      text is, which a learned order may ask for first.
     """
 
     tokens_BL: jax.Array
@@ -75,11 +79,20 @@ class Batch(NamedTuple):
     keys_B: jax.Array
     uniform_B: jax.Array
     noise_range_B2: jax.Array | np.ndarray = FULL_RANGE
+    padding_BL: jax.Array | None = None
 
 
-def targets_of(counted_BL: Array, ignore_first: bool) -> Array:
-    """The counted positions, without position 0 if that is to be given; bool [B, L]."""
-    return counted_BL & (np.arange(counted_BL.shape[-1]) >= int(ignore_first))
+def batch_of(arrays: Mapping[str, jax.Array], keys_B: jax.Array, uniform_B: jax.Array) -> Batch:
+    """The rows of a batch of the pipeline: `tokens`, `counted` and, if it has any, `padding`, bool
+    [B, L]. What is generated is what is counted and the pads."""
+    counted_BL, padding_BL = arrays["counted"], arrays.get("padding")
+    targets_BL = counted_BL if padding_BL is None else counted_BL | padding_BL
+    return Batch(arrays["tokens"], targets_BL, keys_B, uniform_B, padding_BL=padding_BL)
+
+
+def targets_of(generated_BL: Array, ignore_first: bool) -> Array:
+    """These positions without position 0, if that is to be given; bool [B, L]."""
+    return generated_BL & (np.arange(generated_BL.shape[-1]) >= int(ignore_first))
 
 
 class Credit(NamedTuple):
@@ -279,23 +292,23 @@ def all_ranks(
       reverse: the model; called with the clean text as context, and with ranks.
       mask_id: id of the mask token.
       samples, order_share: size of a group, and share of the rows that come in groups; see
-        `leave_one_out.leaders`. What q is learned from.
+        `leave_one_out.leaders`. What q is learned from; a fixed order has no groups.
       blank_share: share of the rows in which a random span is revealed last, so that the network
         also learns to fill a blank from what surrounds it; groups have none. Those rows teach the
         network only, and the estimate is that of the bound with 0 only.
     """
-    rows, count = len(batch.keys_B), groups(len(batch.keys_B), samples, order_share)
-    grouped_B = np.arange(rows) % (rows // samples) < count
+    rows, weights = len(batch.keys_B), forward.weights()
+    count = groups(rows, samples, order_share) if weights.stepwise else 0
+    grouped_B = np.arange(rows) % max(rows // samples, 1) < count
     blank_B = (batch.uniform_B < blank_share) & ~grouped_B
     # What is given comes first, in the order's own way, and counts nothing.
-    weights = forward.weights()
     weights = weights.after(_outside_blanks(batch, blank_B)) if blank_share else weights
     weights = weights.after(~batch.targets_BL)
     everyone_BL = jnp.ones_like(batch.targets_BL)
     rank_BL = row_ranks(batch.keys_B, jax.lax.stop_gradient(weights), everyone_BL)
     z_BL = jnp.full_like(batch.tokens_BL, mask_id)
     logits_1BLV, backward = reverse(z_BL[None], None, batch.tokens_BL, rank_BL[None])
-    nll_BL, confidence_BL = token_nll(logits_1BLV[0], batch.tokens_BL, mask_id)
+    nll_BL, confidence_BL = _costs(batch, logits_1BLV[0], mask_id)
     nll_BL = jnp.where(batch.targets_BL, nll_BL, 0.0)
     main = jnp.sum(nll_BL, axis=-1)[None]
     nothing, drawn = jnp.zeros_like(main), (batch.targets_BL[None], confidence_BL[None])
@@ -417,9 +430,16 @@ def _evaluate(
     """Cross-entropy and confidence [K, B, L], and the reverse schedule, at the drawn states."""
     z_KBL = jnp.where(mask_KBL, mask_id, batch.tokens_BL)
     logits_KBLV, backward = reverse(z_KBL, log_t_B, context_BL)
-    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, z_KBL.shape)
-    nll_KBL, confidence_KBL = token_nll(logits_KBLV, tokens_KBL, mask_id)
-    return nll_KBL, confidence_KBL, backward
+    return *_costs(batch, logits_KBLV, mask_id), backward
+
+
+def _costs(batch: Batch, logits_BLV: jax.Array, mask_id: int) -> tuple[jax.Array, jax.Array]:
+    """`token_nll` of the batch's tokens, where pads cost nothing; float32 [..., B, L]."""
+    tokens_BL = jnp.broadcast_to(batch.tokens_BL, logits_BLV.shape[:-1])
+    nll_BL, confidence_BL = token_nll(logits_BLV, tokens_BL, mask_id)
+    if batch.padding_BL is not None:
+        nll_BL = jnp.where(batch.padding_BL, 0.0, nll_BL)
+    return nll_BL, confidence_BL
 
 
 def _per_reveal(

@@ -9,16 +9,17 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from lomdm_jax.generator import Generator
+from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective, loss
 from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import groups, leaders
-from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, targets_of
+from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, batch_of, targets_of
 from lomdm_jax.orders.learned import TRIALS, trial_of
 from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
 from lomdm_jax.training.state import TrainState
 
 Arrays = dict[str, jax.Array]
+Rows = tuple[Batch, jax.Array, jax.Array | None]
 QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -30,17 +31,19 @@ def make_train_step(
 ) -> Callable[[TrainState, Arrays, jax.Array], tuple[TrainState, Arrays]]:
     """The step (state, batch, key) -> (state, metrics), to be jitted.
 
-    batch holds `tokens` int32 [B, L] and `counted` bool [B, L]. The loss is the mean over the
-    counted tokens of the whole global batch, also when it is cut into `train.micro_batches`; with
-    `objective.ignore_first` position 0 costs nothing but is counted, as in MDLM and BD3-LM.
+    batch holds `tokens` int32 [B, L] and `counted` bool [B, L]; perhaps `padding` bool [B, L], see
+    `nelbo.batch_of`, and `segments` int32 [B, L], see `generator.apart`. The loss is the mean over
+    the counted tokens of the whole global batch, also when it is cut into `train.micro_batches`;
+    with `objective.ignore_first` position 0 costs nothing but is counted, as in MDLM and BD3-LM.
     Every draw derives from (key, state.step, index in the global batch) and nothing else.
     Metrics are float32 scalars; bounds in nats per counted token.
     """
 
-    def sums(params: Any, rows: tuple[Batch, jax.Array]) -> tuple[jax.Array, Arrays]:
-        batch, dropout_keys_B = rows
-        forward = generator.forward(params, batch.tokens_BL)
-        reverse = generator.reverse(params, dropout_keys_B)
+    def sums(params: Any, rows: Rows) -> tuple[jax.Array, Arrays]:
+        batch, dropout_keys_B, segments_BL = rows
+        model = apart(generator, segments_BL)
+        forward = model.forward(params, batch.tokens_BL)
+        reverse = model.reverse(params, dropout_keys_B)
         loss_B, estimate = loss(objective, batch, forward, reverse)
         stats = _statistics(batch, estimate)
         if generator.on_trial:
@@ -49,10 +52,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Arrays, key: jax.Array) -> tuple[TrainState, Arrays]:
         batch = _grouped(batch, config) if generator.compares else batch
-        targets_BL = targets_of(batch["counted"], config.objective.ignore_first)
-        rows = _rows(
-            batch["tokens"], targets_BL, state.noise_range, jax.random.fold_in(key, state.step)
-        )
+        key = jax.random.fold_in(key, state.step)
+        rows = _rows(batch, config.objective.ignore_first, state.noise_range, key)
         grads, stats = _accumulate(sums, state.params, rows, config.train.micro_batches)
         stats["tokens"] = jnp.sum(batch["counted"]).astype(jnp.float32)
         trials = state.trials + stats.pop("trials", 0.0) / stats["tokens"]
@@ -70,17 +71,17 @@ def make_train_step(
     return train_step
 
 
-def _rows(
-    tokens_BL: jax.Array, targets_BL: jax.Array, noise_range: jax.Array, key: jax.Array
-) -> tuple[Batch, jax.Array]:
-    """The global batch with its randomness, and the dropout keys [B]."""
+def _rows(batch: Arrays, ignore_first: bool, noise_range: jax.Array, key: jax.Array) -> Rows:
+    """The global batch with its randomness, the dropout keys [B], and the segments, if any."""
     time_key, row_key = jax.random.split(key)
-    total = tokens_BL.shape[0]
+    total = len(batch["tokens"])
     index_B = jnp.arange(total)
     keys_B = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(row_key, i)))(index_B)
     uniform_B = stratified_uniforms(time_key, index_B, total)
     range_B2 = jnp.broadcast_to(noise_range, (total, 2))  # per row, to be cut as rows are
-    return Batch(tokens_BL, targets_BL, keys_B[:, 0], uniform_B, range_B2), keys_B[:, 1]
+    rows = batch_of(batch, keys_B[:, 0], uniform_B)._replace(noise_range_B2=range_B2)
+    rows = rows._replace(targets_BL=targets_of(rows.targets_BL, ignore_first))
+    return rows, keys_B[:, 1], batch.get("segments")
 
 
 def _accumulate(

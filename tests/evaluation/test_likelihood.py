@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lomdm_jax.config import default_config
 from lomdm_jax.evaluation.likelihood import bound, evaluate, make_scorer, report
+from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.objectives import make_objective
 from tests import oracle
 
@@ -25,11 +27,11 @@ def batches(size, copies=1):
         yield {"tokens": np.pad(part, padding), "counted": np.pad(part >= 0, padding)}
 
 
-def run(name, size, draws=16, copies=1):
+def run(name, size, draws=16, copies=1, change=lambda batch: batch):
     objective = make_objective(name, mask_id=2, samples=1, eps=1e-3, reconstruction_share=0.1)
     scorer = jax.jit(make_scorer(MODEL, objective, draws))
-    key = jax.random.key(3)
-    return evaluate(scorer, PARAMS, batches(size, copies), key=key, draws=draws, byte_lengths=BYTES)
+    data, key = map(change, batches(size, copies)), jax.random.key(3)
+    return evaluate(scorer, PARAMS, data, key=key, draws=draws, byte_lengths=BYTES)
 
 
 @pytest.mark.parametrize("name", ["order", "continuous"])
@@ -45,6 +47,49 @@ def test_bounds_are_the_exact_ones_within_their_errors(name):
     assert abs(found.nelbo.nats_per_token - nelbo) < 4 * found.nelbo.standard_error
     assert abs(found.nelbo_order.nats_per_token - order) < 4 * found.nelbo_order.standard_error
     assert found.nelbo_order.standard_error < 0.05
+
+
+def test_the_bound_with_pads_is_that_of_the_block_less_their_cost():
+    """The last token of each sequence is a pad: generated, but neither paid for nor counted."""
+
+    def padded(batch):
+        last = np.arange(3) == 2
+        return batch | {"counted": batch["counted"] & ~last, "padding": batch["counted"] & last}
+
+    found, exact = run("order", size=800, copies=100, change=padded), []
+    for x in oracle.sequences(3, 2):
+        states = oracle.states_of(MODEL, PARAMS, x)
+        terms = oracle.closed_form(states._replace(nll=states.nll * np.array([1, 1, 0])))
+        exact.append(float(terms.main + terms.order) / 2)
+    assert found.tokens == 1600 and found.bytes == 800 * 1 + 800 * 4
+    assert abs(found.nelbo_order.nats_per_token - np.mean(exact)) < 4 * (
+        found.nelbo_order.standard_error
+    )
+    assert found.nelbo_order.standard_error < 0.05
+
+
+def test_a_document_costs_the_same_whatever_stands_beside_it():
+    """Left to right, where nothing is drawn; in one document what comes before it matters."""
+    config = default_config()
+    config.model.update(width=16, layers=1, heads=2, cond_dim=8)
+    config.order.name, config.data.length = "ar", 8
+    generator = make_generator(config, 13, 12)
+    params = init_params(config, 13, jax.random.key(0))
+    params = jax.tree.map(lambda a: a + 0.3 * jnp.sin(jnp.arange(a.size)).reshape(a.shape), params)
+    objective = make_objective(
+        *("order",), mask_id=12, samples=1, eps=1, reconstruction_share=1, one_pass="groups"
+    )
+    tokens = np.random.default_rng(0).integers(0, 12, (6, 8)).astype(np.int32)
+    tokens[:, 3:] = tokens[0, 3:]  # behind six different documents
+    batch = {"tokens": tokens, "counted": np.tile(np.arange(8) >= 3, (6, 1))}
+    segments = np.tile(np.arange(8) >= 3, (6, 1)).astype(np.int32)
+    scorer = jax.jit(make_scorer(generator, objective, 1))
+    apart, joined = (
+        scorer(params, rows, np.arange(6), jax.random.key(0)).main
+        for rows in (batch | {"segments": segments}, batch | {"segments": segments * 0})
+    )
+    np.testing.assert_allclose(apart, apart[0], rtol=1e-5)
+    assert np.ptp(joined) > 0.1
 
 
 def test_counts_and_units():

@@ -12,9 +12,9 @@ from lomdm_jax.models.transformer import Sizes, rotary
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jnp.float32)
 
 
-def build(scores="position", dtype=jnp.float32, randomise=True):
+def build(scores="position", dtype=jnp.float32, randomise=True, **options):
     sizes = SIZES._replace(dtype=dtype)
-    module = Denoiser(sizes, mask_id=10, scores=scores, rngs=nnx.Rngs(0))
+    module = Denoiser(sizes, mask_id=10, scores=scores, rngs=nnx.Rngs(0), **options)
     graphdef, params = nnx.split(module, nnx.Param)
     params = nnx.to_pure_dict(params)
     if randomise:
@@ -159,3 +159,59 @@ def test_time_conditioning_changes_the_logits():
     z, model = jnp.zeros((2, 6), jnp.int32), nnx.merge(graphdef, params)
     np.testing.assert_array_equal(model.denoise(z)[0], model.denoise(z, jnp.zeros(2))[0])
     assert not np.allclose(model.denoise(z)[0], model.denoise(z, jnp.ones(2))[0])
+
+
+LAYOUTS = {  # scores, layout, groups (or ranks) of eight positions
+    "full": ("position", "full", None),
+    "left to right": ("none", "causal", range(8)),
+    "right to left": ("none", "causal", range(7, -1, -1)),
+    "permutation": ("none", "causal", [3, 0, 6, 1, 7, 2, 5, 4]),
+    "blocks": ("none", "ranked", [0, 0, 0, 1, 1, 1, 2, 2]),
+    "ranks": ("pointer", "ranked", [5, 2, 0, 7, 1, 4, 3, 6]),
+}
+TEXT = np.random.default_rng(0).integers(0, 10, (2, 8))
+STATE = np.where(np.random.default_rng(1).random((2, 8)) < 0.5, 10, TEXT)
+SEGMENTS = np.array([[0] * 3 + [1] * 5, [0] * 5 + [1] * 3])
+FIVE = [(0, slice(3, 8)), (1, slice(0, 5))]  # rows and places of the documents of five tokens
+
+
+def answers(kind, state, text, segments=None, place=slice(None)):
+    """Logits and both scores of every position, [B, L, ...] each; for the positions `place` of the
+    order."""
+    scores, layout, groups = LAYOUTS[kind]
+    if groups is not None:
+        groups = tuple(np.unique(groups[place], return_inverse=True)[1].tolist())
+    graphdef, params = build(scores, length=8, layout=layout, groups=groups)
+    model, state, text = nnx.merge(graphdef, params), jnp.asarray(state), jnp.asarray(text)
+    segments = None if segments is None else jnp.asarray(segments)
+    logits, reverse = model.denoise(state, context_BL=text, segments_BL=segments)
+    forward = model.forward_scores(text, segments)
+    return [logits, *(a.moves if scores == "pointer" else a for a in (reverse, forward))]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_documents_of_a_row_are_as_if_each_stood_alone(kind):
+    """In whatever row, at whatever place; as one segment they are not."""
+    packed, joined = (answers(kind, STATE, TEXT, segments) for segments in (SEGMENTS, SEGMENTS * 0))
+    for row, place in FIVE:
+        alone = answers(kind, STATE[row : row + 1, place], TEXT[row : row + 1, place], place=place)
+        for ours, theirs in zip(packed, alone, strict=True):
+            np.testing.assert_allclose(ours[row, place], theirs[0], rtol=1e-4, atol=1e-5)
+    for ours, theirs in zip(packed, joined, strict=True):
+        assert not np.any(theirs) or not np.allclose(ours, theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["right to left", "ranks"])
+def test_no_gradient_crosses_from_one_document_to_another(kind):
+    """The second document has tokens of its own, from 5 up, and its logits train those only."""
+    scores, layout, groups = LAYOUTS[kind]
+    graphdef, params = build(scores, length=8, layout=layout, groups=groups and tuple(groups))
+    text = jnp.asarray(TEXT % 5 + 5 * SEGMENTS)
+
+    def total(params):
+        model = nnx.merge(graphdef, params)
+        logits, _ = model.denoise(text, segments_BL=jnp.asarray(SEGMENTS))
+        return jnp.sum(jnp.where(SEGMENTS[..., None] == 1, logits, 0.0) ** 2)
+
+    grads = jax.jit(jax.grad(total))(params)["backbone"]["vocab_embed"]["embedding"]
+    assert (grads[:5] == 0).all() and (grads[5:10] != 0).any() and jnp.isfinite(grads).all()

@@ -9,7 +9,7 @@ from jax.extend.core import jaxprs_in_params
 
 from lomdm_jax.models import visibility
 from lomdm_jax.models.transformer import Sizes, Transformer
-from lomdm_jax.models.visibility import Cached, causal, ranked
+from lomdm_jax.models.visibility import Cached, causal, full, ranked
 
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.0, dtype=jnp.float32)
 
@@ -75,15 +75,45 @@ def test_the_rule_in_parts_is_the_rule_with_a_mask(monkeypatch, ranks, rows):
         np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_no_whole_mask_at_length_1024():
+@pytest.mark.parametrize("kind", [full, causal])
+@pytest.mark.parametrize("rows", [256, 4])
+def test_segments_in_parts_are_those_of_a_mask(monkeypatch, kind, rows):
+    """Values and gradients, of rows that are cut in different places."""
+    monkeypatch.setattr(visibility, "ROWS", rows)
+    length = 10
+    segment = jnp.array([[0] * 6 + [1] * 4, [0, 1, 1, 2, 2, 2, 2, 2, 2, 5], [3] * 10])
+    mask = segment[:, None] == segment[..., None]
+    mask &= kind is full or np.tri(length, dtype=bool)
+    inputs = heads(jax.random.key(0), 3, length)
+    weights = jax.random.normal(jax.random.key(1), inputs[0].shape)
+
+    def ours(inputs):
+        return jnp.sum(weights * kind(length, segment).attend(*inputs)[0])
+
+    def theirs(inputs):
+        return jnp.sum(weights * jax.nn.dot_product_attention(*inputs, mask=mask[:, None]))
+
+    for found, expected in zip(
+        jax.tree.leaves(jax.value_and_grad(ours)(inputs)),
+        jax.tree.leaves(jax.value_and_grad(theirs)(inputs)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["ranked", "full", "causal"])
+def test_no_whole_mask_at_length_1024(kind):
     """Of all arrays that a training pass makes, none is as large as a mask [L, L]; small heads
     and one row, so that only something quadratic could be."""
-    length = 1024
-    inputs = tuple(a[:, :, :1, :2] for a in heads(jax.random.key(0), 1, 2 * length))
-    rank = jnp.arange(length)[None]
+    length, segment = 1024, jnp.zeros((1, 1024), jnp.int32)
+    view = ranked(jnp.arange(length)[None])
+    if kind != "ranked":
+        view = {"full": full, "causal": causal}[kind](length, segment)
+    seen = len(view.positions)
+    inputs = tuple(a[:, :, :1, :2] for a in heads(jax.random.key(0), 1, seen))
 
     def total(inputs):
-        return jnp.sum(ranked(rank).attend(*inputs)[0])
+        return jnp.sum(view.attend(*inputs)[0])
 
     def largest(jaxpr):
         for equation in jaxpr.eqns:
@@ -93,7 +123,7 @@ def test_no_whole_mask_at_length_1024():
                 yield from largest(inner)
 
     sizes = list(largest(jax.make_jaxpr(jax.grad(total))(inputs).jaxpr))
-    assert max(sizes) == visibility.ROWS * 2 * length < length**2
+    assert max(sizes) == visibility.ROWS * seen < length**2
 
 
 def test_packed_segments_are_as_if_alone(backbone):

@@ -14,7 +14,7 @@ from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import surrogate
-from lomdm_jax.objectives.nelbo import Batch, targets_of
+from lomdm_jax.objectives.nelbo import Batch, batch_of, targets_of
 from lomdm_jax.orders import make_order
 from tests import oracle
 
@@ -25,8 +25,10 @@ SEQUENCES = oracle.sequences(3, 2)
 ALL_STATES = [oracle.states_of(MODEL, PARAMS, x) for x in SEQUENCES]
 
 
-def objective(name, samples=2, eps=EPS, share=1 / 4):
-    return make_objective(name, mask_id=2, samples=samples, eps=eps, reconstruction_share=share)
+def objective(name, samples=2, eps=EPS, share=1 / 4, **options):
+    return make_objective(
+        name, mask_id=2, samples=samples, eps=eps, reconstruction_share=share, **options
+    )
 
 
 def rows(x, count, key):
@@ -132,6 +134,54 @@ def test_positions_that_are_not_targets_stay_visible_and_cost_nothing():
         assert all(jnp.isfinite(term).all() for term in estimate.terms)
         none = batch._replace(targets_BL=jnp.zeros((128, 3), bool))
         assert all((term == 0).all() for term in objective(name).estimate(*scored(none)).terms)
+
+
+def as_known(reverse, tokens_BL, known_BL):
+    """The same model, but for positions of which it is certain, whatever it sees."""
+
+    def call(*args):
+        logits, schedule = reverse(*args)
+        sure = 1e3 * jax.nn.one_hot(tokens_BL, logits.shape[-1])
+        return jnp.where(known_BL[..., None], sure, logits), schedule
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "one_pass"),
+    [("continuous", "state"), ("order", "state"), ("continuous", "groups"), ("order", "groups")],
+)
+def test_pads_that_are_not_counted_are_generated_as_if_they_were_known(name, one_pass):
+    """Same draws, same value and same gradient of all parameters; and less than if they counted."""
+    order = make_order("block:3", c1=1.0, c2=0.0, exponent=1.0) if one_pass == "groups" else None
+    model = MODEL._replace(order=order)
+    mix = {"uniform_share": 0.5} if (name, one_pass) == ("order", "state") else {}
+    made, batch = objective(name, one_pass=one_pass, **mix), rows([1, 0, 1], 64, jax.random.key(0))
+
+    @jax.jit
+    @jax.value_and_grad
+    def value(params, padding, known):
+        padded, forward = batch._replace(padding_BL=padding), model.forward(params, batch.tokens_BL)
+        reverse = as_known(model.reverse(params), batch.tokens_BL, known)
+        return jnp.mean(loss(made, padded, forward, reverse)[0])
+
+    pads, none = jnp.arange(64)[:, None] % 4 < jnp.arange(3), jnp.zeros((64, 3), bool)
+    ours, theirs = value(PARAMS, pads, none), value(PARAMS, none, pads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+    assert ours[0] < value(PARAMS, none, none)[0] - 0.1
+
+
+def test_what_is_generated_is_what_is_counted_and_the_pads():
+    counted, padding = (
+        jnp.array([[True, True, False, False]]),
+        jnp.array([[False, False, True, False]]),
+    )
+    arrays = {"tokens": jnp.zeros((1, 4), jnp.int32), "counted": counted}
+    plain = batch_of(arrays, None, None)
+    padded = batch_of(arrays | {"padding": padding}, None, None)
+    assert plain.targets_BL is counted and plain.padding_BL is None
+    assert (padded.targets_BL == jnp.array([[True, True, True, False]])).all()
+    assert (targets_of(padded.targets_BL, True) == jnp.array([[False, True, True, False]])).all()
 
 
 def tiny_network(name):

@@ -17,6 +17,7 @@ from lomdm_jax.training.state import init_state
 from lomdm_jax.training.step import make_train_step
 
 VOCAB, LENGTH, ROWS = 12, 8, 16
+ONE_DOCUMENT = np.zeros((ROWS, LENGTH), np.int32)
 
 
 def tiny(**changes):
@@ -38,7 +39,15 @@ def batch(seed=0):
     return {"tokens": rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32), "counted": counted}
 
 
-def run(config, devices=1, steps=3, random=False):
+def packed(seed=0):
+    """`batch` with two documents per row, and pads after what is counted, up to the last place."""
+    plain = batch(seed)
+    segments = np.arange(LENGTH) >= np.random.default_rng(seed).integers(1, LENGTH, (ROWS, 1))
+    padding = ~plain["counted"] & (np.arange(LENGTH) < LENGTH - 1)
+    return plain | {"segments": segments.astype(np.int32), "padding": padding}
+
+
+def run(config, devices=1, steps=3, random=False, batch=batch):
     """Final state and the metrics of each step; random: before the order is learned."""
     mesh = meshes.make_mesh(devices)
     copies, split = meshes.replicated(mesh), meshes.over_batch(mesh)
@@ -102,6 +111,17 @@ def test_accumulation_equals_the_plain_step(sort):
             del metrics[key]
     assert_close(plain[1], parts[1], 2e-4)
     assert_close(plain[0].params, parts[0].params, 2e-4)
+
+
+def test_pads_and_segments_are_cut_with_their_rows():
+    """A fresh network pays log V for what is counted, and for no pad; what a trained one pays
+    depends on what it sees."""
+    config = tiny(order__name="ar", objective__name="order", train__micro_batches=4)
+    _, apart = run(config, batch=packed)
+    _, joined = run(config, batch=lambda seed: packed(seed) | {"segments": ONE_DOCUMENT})
+    assert apart[0]["tokens"] == packed()["counted"].sum()
+    assert apart[0]["loss"] == joined[0]["loss"] == pytest.approx(np.log(VOCAB), rel=1e-5)
+    assert apart[2]["loss"] != pytest.approx(joined[2]["loss"], rel=1e-5)
 
 
 def test_c1_one_c2_zero_is_masked_diffusion_to_the_last_bit():
