@@ -5,6 +5,7 @@ has one; a file in configs/ changes what differs."""
 from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
+from lomdm_jax.data import prepare
 from lomdm_jax.errors import UserError
 from lomdm_jax.objectives.leave_one_out import groups
 
@@ -17,13 +18,40 @@ GIVEN = ("posterior", "text")
 
 # By section; `validate` says what each leaf may be.
 _DEFAULTS = {
-    "data": {
-        "source": "stdlib",  # docstrings of the running Python; or a .txt or .jsonl file (.gz, .xz)
-        "valid_source": "",  # a file to validate on; none holds out valid_share of the source
-        "tokenizer": "sentencepiece-bpe",  # trained in 0.2 s, unigram in 5 s
-        "vocab_size": 1024,  # pieces, the mask token not counted
+    "data": {  # lomdm_jax/data/presets.py has those of the papers' data sets
+        # Docstrings of the running Python, "stdlib"; a file or a folder (.txt, .jsonl, .parquet;
+        # .gz, .xz, .zst); "hf:NAME[@REVISION][:CONFIG]"; "" for none, to evaluate only.
+        "source": "stdlib",
+        "split": "",  # hf: "train", "train[:-100000]"; files: a slice of documents, "[:90]"
+        # Text to validate on: another source, another split of the same, or (both empty)
+        # valid_share of the documents.
+        "valid_source": "",
+        "valid_split": "",
+        "valid_share": 0.05,  # held out by content hash
+        "column": "text",  # of a record
+        "unit": "auto",  # a document: "paragraph", "line", "record", "file" or "characters:N"
+        "streaming": False,  # hf: read over the network instead of downloading first
+        "keep_empty": False,  # empty documents count as well: WikiText's blank lines
+        "skip_bad": False,  # documents that cannot be read are skipped and counted
+        "detokenizer": "none",  # lomdm_jax/data/detokenizers.py
+        # "sentencepiece-bpe" (trained in 0.2 s) or "sentencepiece-unigram" (5 s);
+        # "sentencepiece:FILE", "hf:NAME", "characters", "text8", "bytes".
+        "tokenizer": "sentencepiece-bpe",
+        "vocab_size": 1024,  # ids, an added mask token not counted; 0 for the tokenizer's own
         "length": 128,  # tokens per sequence, as MDLM's LM1B
-        "valid_share": 0.05,  # share of documents held out, by content hash; see valid_source
+        # "wrap": documents joined and cut; "documents": attention does not cross them besides;
+        # "padded": one per block.
+        "packing": "wrap",
+        "insert_separator": True,  # separator_id after each document ("wrap", "documents")
+        "separator_id": "eos",  # the tokenizer's own end of text, or an id
+        # Each block starts and ends with the separator ("wrap") or the tokenizer's own marks
+        # ("padded").
+        "insert_bos": False,
+        "insert_eos": False,
+        "group": 0,  # documents cut together, their remainder dropped (MDLM: 1000); 0 carries it on
+        "count_pads": False,  # pads count as text; MDLM masks them like tokens and counts them not
+        "mixture": "",  # "FOLDER=WEIGHT,...": further prepared folders; the source has weight 1
+        "workers": 0,  # processes that tokenise; 0 for one per core. The files do not depend on it
         "directory": "runs/data",  # one sub-folder per combination of the settings above
     },
     "model": {
@@ -84,6 +112,9 @@ _DEFAULTS = {
     },
     "train": {
         "steps": 1_000_000,
+        # The folder of a run whose EMA parameters this one starts from: BD3-LM goes on from an
+        # MDLM, and a long context from a short one. Empty for fresh ones.
+        "start_from": "",
         # Steps in random order before an order is learned: at the cost of masked diffusion, and
         # with its broad view of contexts. An evaluation follows, which chooses a walk. On the
         # ranked layout walks take turns, and the one under which the text has cost least is taken.
@@ -142,10 +173,11 @@ def validate(config: ConfigDict) -> None:
     _check_numbers(config)
     _check_choices(config)
     _check_combinations(config)
+    prepare.check(config.data)
 
 
 _POSITIVE = (
-    "data.vocab_size data.length model.width model.layers model.heads model.cond_dim "
+    "data.length model.width model.layers model.heads model.cond_dim "
     "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
     "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
     "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
@@ -153,6 +185,7 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
+    "data.vocab_size data.group data.workers "
     "eval.sequences sample.dependence train.seed eval.seed sample.seed"
 ).split()
 _BELOW_ONE = (

@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from lomdm_jax.data import pipeline
+from lomdm_jax.data.pipeline import Batch
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import likelihood, order_statistics
@@ -21,7 +22,7 @@ from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.sampling import make_sampler
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.training.adaptation import make_adapter
-from lomdm_jax.training.checkpoint import Checkpoints, Restored, check_facts, facts
+from lomdm_jax.training.checkpoint import Checkpoints, Restored, by_name, check_facts, facts
 from lomdm_jax.training.loop import Batches, Loop
 from lomdm_jax.training.metrics import MetricWriter
 from lomdm_jax.training.optimizer import make_optimizer
@@ -62,7 +63,7 @@ def train(run: Run) -> Any:
             replicate=run.replicate,
             evaluate=evaluate_now,
             checkpoints=checkpoints,
-            facts=facts(config, run.prepared.tokenizer),
+            facts=facts(config, run.prepared, run.mixture),
             writer=writers["train"],
         )
         state = loop.run(state, batches)
@@ -85,8 +86,11 @@ def sample(run: Run) -> None:
 
 
 def save_config(run: Run) -> None:
-    """Write the resolved config to `config.json`."""
+    """Write the resolved config to `config.json`, and the tokenizer into `tokenizer`."""
     (run.workdir / "config.json").write_text(run.config.to_json(indent=2) + "\n")
+    folder = run.workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    run.prepared.tokenizer.save(folder)
 
 
 def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
@@ -94,14 +98,16 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
     config = run.config.eval
     objective = objective_for(run, config.estimator, samples=1)
     scorer = jax.jit(likelihood.make_scorer(run.generator, objective, config.draws))
-    baseline = pipeline.unigram_entropy(run.prepared)
+    passport = run.prepared.passport("valid")
+    baseline = run.prepared.split("valid")["unigram_entropy"]
     key = run.replicate(jax.random.key(config.seed))
 
     def evaluator(params: Any) -> likelihood.Evaluation:
+        uncounted = {"padding": 0, "given": 0}
         evaluation = likelihood.evaluate(
             scorer,
             params,
-            valid_batches(run, config.sequences),
+            _watched(valid_batches(run, config.sequences), uncounted),
             key=key,
             draws=config.draws,
             byte_lengths=run.prepared.tokenizer.byte_lengths,
@@ -109,11 +115,32 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
             progress=_scored_so_far(),
         )
         print(likelihood.report(evaluation, baseline), flush=True)
+        print(_describe(passport, uncounted), flush=True)
         facts = {"estimator": config.estimator, "unigram_entropy": baseline, **_flat(evaluation)}
+        facts["data"] = passport | {"uncounted_tokens": uncounted}
         (run.workdir / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
         return evaluation
 
     return evaluator
+
+
+def _watched(batches: Iterator[Batch], uncounted: dict[str, int]) -> Iterator[Batch]:
+    """The batches; of what they hold, what is not scored is counted by kind as they pass."""
+    for batch in batches:
+        padding_BL = batch.get("padding", np.zeros_like(batch["counted"]))
+        real_B = (batch["counted"] | padding_BL).any(-1)  # a last batch is filled up
+        uncounted["padding"] += int(padding_BL.sum())
+        uncounted["given"] += int((~batch["counted"] & ~padding_BL)[real_B].sum())
+        yield batch
+
+
+def _describe(passport: dict[str, Any], uncounted: dict[str, int]) -> str:
+    """A line on what was scored."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in uncounted.items())
+    return (
+        f"data: {passport['source']}, {passport['split']}: {passport['blocks']:,} blocks of "
+        f"{passport['length']}, SHA-256 {passport['sha256'][:12]}; not counted: {kinds} tokens"
+    )
 
 
 def describe_order(run: Run, params: Any) -> None:
@@ -210,11 +237,10 @@ def compiled_step(
         out_shardings=copies,
         donate_argnums=0,
     )
-    shape = (config.train.batch_size, config.data.length)
-    batch = {
-        "tokens": jax.ShapeDtypeStruct(shape, np.int32),
-        "counted": jax.ShapeDtypeStruct(shape, np.bool_),
-    }
+    rows = np.zeros((config.train.batch_size, config.data.length), np.int32)
+    batch = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pipeline.as_batch(run.prepared, rows)
+    )
     compiled = step.lower(state, batch, jax.random.key(0)).compile()
     print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled
@@ -225,14 +251,46 @@ def _initial(
 ) -> tuple[TrainState, Batches]:
     """The state and the data iterator: fresh, or those of the newest checkpoint."""
     config = run.config
-    batches = pipeline.train_batches(run.prepared, config.train.batch_size, config.train.seed)
+    batches = pipeline.train_batches(
+        run.prepared, config.train.batch_size, config.train.seed, mixture=run.mixture
+    )
     step = checkpoints.latest()
     if step is None:
-        return fresh(run, optimizer)(jax.random.key(config.train.seed)), batches
+        state = fresh(run, optimizer)(jax.random.key(config.train.seed))
+        return _from_another(run, state) if config.train.start_from else state, batches
     restored = _restore(run, optimizer, checkpoints, step, resume=True)
     batches.set_state(restored.data)
     print(f"continuing from step {step} of {checkpoints.folder}", flush=True)
     return restored.state, batches
+
+
+def _from_another(run: Run, state: TrainState) -> TrainState:
+    """The state with the EMA parameters of the run that `train.start_from` names; of the heads,
+    those that it has in the same shape.
+
+    Raises:
+      UserError: that run has no checkpoint, or another backbone.
+    """
+    folder = pathlib.Path(run.config.train.start_from)
+    checkpoints = Checkpoints(folder / "checkpoints", run.config.checkpoint.keep, create=False)
+    found = checkpoints.parameters(checkpoints.find("latest"))
+    checkpoints.close()
+    names, fresh_names = by_name(state.params), []
+    for name, a in names.items():
+        same = name in found and found[name].shape == a.shape
+        if not same and name.startswith("backbone/"):
+            other = f"the shape {found[name].shape}" if name in found else "none"
+            raise UserError(
+                f"config.train.start_from is {str(folder)!r}, which has {other} for {name}, but "
+                f"this run needs {a.shape}: use the same model and tokenizer."
+            )
+        if not same:
+            fresh_names.append(name)
+    taken = [a if name in fresh_names else found[name] for name, a in names.items()]
+    print(f"starting from {folder}; fresh: {', '.join(fresh_names) or 'nothing'}", flush=True)
+    params = jax.tree.unflatten(jax.tree.structure(state.params), taken)
+    params = run.replicate(params)
+    return state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params))
 
 
 def fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
@@ -245,7 +303,7 @@ def fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Ar
 
 def _parameters(run: Run) -> Callable[[jax.Array], Any]:
     """From a key to parameters before the first step."""
-    rows = run.prepared.tokenizer.vocab_size + 1
+    rows = run.prepared.tokenizer.rows
     return lambda key: init_params(run.config, rows, key)
 
 
@@ -258,7 +316,8 @@ def _restore(
     resume: bool,
 ) -> Restored:
     """The checkpoint of `step`, after making sure that it belongs to this config and data."""
-    check_facts(checkpoints.facts(step), facts(run.config, run.prepared.tokenizer), resume=resume)
+    current = facts(run.config, run.prepared, run.mixture)
+    check_facts(checkpoints.facts(step), current, resume=resume)
     abstract = jax.eval_shape(fresh(run, optimizer), jax.random.key(0))
     return checkpoints.restore(step, abstract, meshes.replicated(run.mesh))
 

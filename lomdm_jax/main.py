@@ -4,30 +4,40 @@ import difflib
 import pathlib
 import runpy
 import sys
+import textwrap
 
 from ml_collections import ConfigDict
 
 from lomdm_jax.config import validate
+from lomdm_jax.data.prepare import describe, prepare
+from lomdm_jax.data.presets import PRESETS, apply
 from lomdm_jax.errors import UserError
 
 HELP = """\
 lomdm_jax: masked text diffusion with the generation order under control.
 
-usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--job JOB] [--workdir DIR]
-                                [--config.SECTION.KEY=VALUE ...]
+usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--data PRESET] [--job JOB]
+                                [--workdir DIR] [--config.SECTION.KEY=VALUE ...]
 
 jobs
+  prepare    tokenise the data into a folder and say what it holds; the others do so if need be
   train      prepare the data, train (from the newest checkpoint in the workdir, if any),
              evaluate, sample, and draw the order; the default
   evaluate   both likelihood bounds of a checkpoint on the validation set, and what its order is
   sample     text from a checkpoint, and the order in which it was generated
+
+data presets, as the papers have them (lomdm_jax/data/presets.py)
+  {presets}
 
 common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
   --config.order.name=NAME               the generation order: lomdm-ranked, lomdm, lomdm-order,
                                          walk, genmd4, mdm, cosine, ar, r2l, block:SIZE or
                                          permutation:SEED
   --config.model.layout=own|ranked       ranked: any order, with a key-value cache
-  --config.data.source=FILE              your own text, .txt or .jsonl (.gz, .xz)
+  --config.data.source=FILE              your own text: a file or a folder of .txt, .jsonl or
+                                         .parquet (.gz, .xz, .zst), or hf:NAME
+  --config.data.tokenizer=NAME           sentencepiece-bpe, sentencepiece:FILE, hf:NAME,
+                                         characters, bytes
   --config.objective.name=continuous|order
   --config.train.steps=N                 --config.train.batch_size=SEQUENCES
   --config.data.length=TOKENS            --config.data.vocab_size=PIECES
@@ -48,7 +58,7 @@ The workdir is runs/<config>[-<order>] unless given. It holds config.json, train
 TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png, samples.jsonl,
 order.html and order.png.
 """
-JOBS = ("train", "evaluate", "sample")
+JOBS = ("prepare", "train", "evaluate", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     a user's error, 130 when interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
-        print(HELP)
+        print(HELP.format(presets=textwrap.fill(", ".join(PRESETS), 88, subsequent_indent="  ")))
         return 0
     try:
         _run(*parse(argv))
@@ -83,6 +93,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
         raise UserError(f"--job is {job!r}: use one of {', '.join(JOBS)}.")
     path, _, argument = options["config"].partition(":")  # the argument may hold a colon too
     config = load_config(path, argument)
+    if "data" in options:
+        apply(config, options["data"])
     for key, text in overrides:
         override(config, key, text)
     validate(config)
@@ -103,11 +115,11 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
             value = rest.pop(0)
         if name.startswith("--config."):
             overrides.append((name.removeprefix("--config."), value))
-        elif name in ("--config", "--job", "--workdir"):
+        elif name in ("--config", "--data", "--job", "--workdir"):
             options[name[2:]] = value
         else:
             raise UserError(
-                f"{name} is not an option: use --config, --job, --workdir or "
+                f"{name} is not an option: use --config, --data, --job, --workdir or "
                 "--config.SECTION.KEY; see --help."
             )
     return options, overrides
@@ -156,11 +168,17 @@ def _convert(key: str, text: str, default: bool | int | float | str) -> bool | i
 
 
 def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> None:
+    print(f"{job} in {workdir} with\n{config}", flush=True)
+    if job == "prepare":
+        prepared = prepare(config.data)
+        for split, entry in prepared.manifest["splits"].items():
+            print(describe(split, entry))
+        print(f"prepared in {prepared.folder}")
+        return
     # JAX starts only once the command line is known to be sound.
     from lomdm_jax import jobs
     from lomdm_jax.run import start
 
-    print(f"{job} in {workdir} with\n{config}", flush=True)
     run = start(config, workdir)
     if job == "train":
         params = jobs.train(run)

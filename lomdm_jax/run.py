@@ -22,6 +22,7 @@ class Run(NamedTuple):
     config: ConfigDict
     workdir: pathlib.Path
     prepared: Prepared
+    mixture: pipeline.Mixture
     generator: Generator
     mesh: Mesh
 
@@ -42,9 +43,10 @@ def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
     rows = config.train.batch_size // config.train.micro_batches
     meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
     prepared = prepare(config.data)
+    mixture = pipeline.open_mixture(config.data.mixture)
     tokenizer = prepared.tokenizer
-    generator = make_generator(config, tokenizer.vocab_size + 1, tokenizer.mask_id)
-    return Run(config, workdir, prepared, generator, mesh)
+    generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
+    return Run(config, workdir, prepared, mixture, generator, mesh)
 
 
 def objective_for(run: Run, name: str, samples: int, **training: float) -> Objective:

@@ -12,3 +12,6 @@ os.environ["XLA_FLAGS"] = (
 _cache = tempfile.TemporaryDirectory(prefix="lomdm_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Nothing is asked of a network, and nothing of the user's is read or written.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = _cache.name

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from lomdm_jax import jobs
+from lomdm_jax.data.prepare import prepare
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import walk_choice
 from lomdm_jax.main import main, parse
@@ -128,6 +129,66 @@ def test_evaluate_reproduces_the_last_evaluation(arguments, trained, capsys):
     assert before["sequences"] == 40 and before["tokens"] == 640 and before["draws"] == 2
     assert before["nelbo_nats_per_token"] >= before["nelbo_order_nats_per_token"]
     assert before["nelbo_order_standard_error"] > 0
+    printed = capsys.readouterr().out
+    passport = before["data"]
+    assert passport["source"] == "stdlib" and passport["split"] == "valid"
+    assert f"SHA-256 {passport['sha256'][:12]}" in printed
+    assert passport["uncounted_tokens"] == {"padding": 0, "given": 0}
+
+
+def test_prepare_says_what_it_made_and_finds_it_again(arguments, tmp_path, capsys):
+    command = [*arguments(tmp_path, f"data.directory={tmp_path / 'data'}"), "--job", "prepare"]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    assert main(command) == 0
+    second = capsys.readouterr().out
+    assert "prepare: train: " in first and "prepare: " not in second
+    (folder,) = (tmp_path / "data").iterdir()
+    for printed in (first, second):
+        assert f"prepared in {folder}" in printed
+        blocks = json_of(folder)["splits"]["valid"]["blocks"]
+        assert f" tokens, {blocks:,} blocks, " in printed
+
+
+def test_a_preset_sets_the_data_and_is_overruled(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    command = ["--config=configs/quickstart.py", "--data=zero-shot-ptb", "--config.data.length=64"]
+    with pytest.raises(UserError, match=r"data.tokenizer 'hf:nowhere'"):
+        prepare(parse([*command, "--config.data.tokenizer=hf:nowhere"])[0].data)
+    config = parse(command)[0]
+    assert config.data.detokenizer == "ptb" and config.data.length == 64
+    assert "'zero-shot-pbt'" in refused([*command[:1], "--data=zero-shot-pbt"], capsys)
+
+
+@pytest.mark.parametrize(("order", "packing"), [("lomdm", "padded"), ("ar", "documents")])
+def test_packings_run_from_end_to_end(arguments, tmp_path, order, packing):
+    changes = (f"data.packing={packing}", "train.steps=2", "train.eval_every=2", "data.length=32")
+    command = arguments(tmp_path, *changes, config=f"configs/quickstart.py:{order}")
+    assert main(command) == 0
+    found = json_of(tmp_path, "evaluation.json")
+    padding = found["data"]["uncounted_tokens"]["padding"]
+    assert found["tokens"] + padding == found["sequences"] * 32
+    assert (padding > 0) == (packing == "padded") and found["nelbo_order_nats_per_token"] > 0
+
+
+def test_a_run_starts_from_anothers_parameters(arguments, trained, tmp_path, capsys):
+    """A longer context and another order: what both have is taken, the rest is fresh."""
+    changes = (f"train.start_from={trained}", "data.length=32", "train.steps=1")
+    changes = (*changes, "train.eval_every=1", "optimizer.learning_rate=1e-12")
+    command = arguments(tmp_path, *changes, config="configs/quickstart.py:ar")
+    assert main(command) == 0
+    assert f"starting from {trained}; fresh: nothing" in capsys.readouterr().out
+    found, started = (
+        restore(f / "checkpoints", s)["state"] for f, s in ((trained, 40), (tmp_path, 1))
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        found["ema"]["backbone"],
+        started["params"]["backbone"],
+    )
+    wider = arguments(tmp_path / "wider", *changes, "model.width=32")
+    message = refused(wider, capsys)
+    assert "config.train.start_from" in message and "backbone/" in message
 
 
 def test_the_two_estimators_agree_within_their_errors(arguments, trained):
@@ -486,13 +547,13 @@ def test_missing_and_truncated_data_are_refused(arguments, tmp_path, capsys):
     command = arguments(tmp_path / "run", f"data.directory={fresh}", "train.steps=1")
     assert main(command) == 0
     capsys.readouterr()
-    (path,) = fresh.glob("*/train.array_record")
+    (path,) = fresh.glob("*/train-*.array_record")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     message = refused(command, capsys)
-    assert "train.array_record" in message and str(len(whole)) in message.replace(",", "")
+    assert path.name in message and str(len(whole)) in message.replace(",", "")
     path.unlink()
-    assert "train.array_record" in refused(command, capsys)
+    assert path.name in refused(command, capsys)
 
 
 def test_no_checkpoint_to_evaluate(arguments, tmp_path, capsys):

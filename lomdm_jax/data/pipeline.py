@@ -1,15 +1,27 @@
-"""Batches of token blocks: an endless shuffled stream to train on, one pass to validate on."""
+"""Batches of token blocks: an endless shuffled stream to train on, one pass to validate on.
 
-from collections.abc import Iterator
+A batch is a dict of arrays [B, L], the rows of this process:
+
+tokens: int32 ids.
+counted: bool; what is scored.
+padding: bool, only of "padded" blocks whose pads are not counted: pads, which are masked and
+    revealed like tokens but never scored (MDLM's LM1B).
+segments: int32, only of blocks packed as "documents": which document a position belongs to.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
-from lomdm_jax.data.prepare import REMEDY, Prepared
+from lomdm_jax.data.packing import segments
+from lomdm_jax.data.prepare import REMEDY, Prepared, open_prepared
 from lomdm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+Mixture = Sequence[tuple[Prepared, float]]
 
 # Each element read ahead is a whole batch, at some 20 microseconds per row on one thread: far less
 # than a training step. More threads were no faster (they share Python's lock) and four batches
@@ -17,43 +29,84 @@ Batch = dict[str, np.ndarray]
 _READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
 # Reads are at random: nothing is read ahead, and nothing waits for other threads.
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+_PAD = -1  # stands for a pad until a batch is complete
 
 
 class _Blocks:
     """Random access to the blocks of a split, each int32 [L] and checked as it is decoded."""
 
     def __init__(self, prepared: Prepared, split: str) -> None:
-        self._path = prepared.split_path(split)
-        try:
-            # Not Grain's own source: it logs an error for any group of more than one record.
-            self._records = ArrayRecordReader(
-                str(self._path), _RANDOM_ACCESS, file_reader_buffer_size=2**15
-            )
-        except RuntimeError as error:
-            raise UserError(f"{self._path} cannot be read: {error}. {REMEDY}") from error
+        shards = prepared.split(split)["shards"]
+        self._readers = [_reader(str(prepared.folder / name), blocks) for name, blocks, _ in shards]
+        self._paths = [prepared.folder / name for name, _, _ in shards]
+        self._ends = np.cumsum([blocks for _, blocks, _ in shards])
         self._dtype = np.dtype(prepared.manifest["dtype"])
-        self._length = prepared.length
+        self._length, self._padded = prepared.length, prepared.packing == "padded"
         self._vocab_size = prepared.tokenizer.vocab_size
 
     def __len__(self) -> int:
-        return self._records.num_records()
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> np.ndarray:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        place = index - (int(self._ends[shard - 1]) if shard else 0)
         try:
-            (record,) = self._records.read([index])
+            (record,) = self._readers[shard].read([place])
         except RuntimeError as error:  # the file's own checksums: some bytes have changed
-            raise self._damaged(index, f"cannot be read: {error}") from error
-        expected = self._length * self._dtype.itemsize
-        if len(record) != expected:
-            raise self._damaged(index, f"has {len(record)} bytes where {expected} are expected")
-        tokens_L = np.frombuffer(record, self._dtype).astype(np.int32)
-        largest = int(tokens_L.max())
-        if largest >= self._vocab_size:
-            raise self._damaged(index, f"holds id {largest}, not below {self._vocab_size}")
-        return tokens_L
+            raise self._damaged(shard, place, f"cannot be read: {error}") from error
+        return self._checked(record, shard, place)
 
-    def _damaged(self, index: int, fault: str) -> UserError:
-        return UserError(f"Record {index} of {self._path} {fault}. {REMEDY}")
+    def _checked(self, record: bytes, shard: int, place: int) -> np.ndarray:
+        expected, size = self._length * self._dtype.itemsize, len(record)
+        if size != expected and not (
+            self._padded and 0 < size < expected and size % self._dtype.itemsize == 0
+        ):
+            fault = f"has {size} bytes where {expected} are expected"
+            raise self._damaged(shard, place, fault)
+        tokens_N = np.frombuffer(record, self._dtype).astype(np.int32)
+        largest = int(tokens_N.max())
+        if largest >= self._vocab_size:
+            raise self._damaged(shard, place, f"holds id {largest}, not below {self._vocab_size}")
+        if size == expected:
+            return tokens_N
+        return np.pad(tokens_N, (0, self._length - len(tokens_N)), constant_values=_PAD)
+
+    def _damaged(self, shard: int, place: int, fault: str) -> UserError:
+        return UserError(f"Record {place} of {self._paths[shard]} {fault}. {REMEDY}")
+
+
+def _reader(path: str, blocks: int) -> ArrayRecordReader:
+    try:
+        # Not Grain's own source: it logs an error for any group of more than one record.
+        reader = ArrayRecordReader(path, _RANDOM_ACCESS, file_reader_buffer_size=2**15)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be read: {error}. {REMEDY}") from error
+    if reader.num_records() != blocks:
+        found = reader.num_records()
+        raise UserError(f"{path} has {found} records where {blocks} are expected. {REMEDY}")
+    return reader
+
+
+def open_mixture(text: str) -> Mixture:
+    """What the config key `data.mixture` names: "FOLDER=WEIGHT,FOLDER=WEIGHT", prepared folders.
+
+    Raises:
+        UserError: the text has another form, a weight is not above zero, or a folder is damaged.
+    """
+    mixture = []
+    for part in filter(None, text.split(",")):
+        folder, _, weight = part.rpartition("=")
+        try:
+            known = folder.strip(), float(weight)
+        except ValueError:
+            known = "", 0.0
+        if not known[0] or not 0 < known[1] < float("inf"):
+            raise UserError(
+                f"data.mixture has the part {part!r}; give FOLDER=WEIGHT with a weight above zero, "
+                "such as runs/data/wiki-0123456789ab=0.5, several of them with commas between."
+            )
+        mixture.append((open_prepared(known[0]), known[1]))
+    return mixture
 
 
 def train_batches(
@@ -62,14 +115,15 @@ def train_batches(
     seed: int,
     process_index: int = 0,
     process_count: int = 1,
+    mixture: Mixture = (),
 ) -> grain.DatasetIterator[Batch]:
     """Returns endless training batches, a pure function of (seed, index of the batch).
 
     Every epoch visits every block once, in an order of its own; a batch may span two epochs. With
     several processes each holds its rows of the global batch: joined in process order they are the
     batch one process alone would get. The iterator's get_state() is a small JSON-able dict that
-    is the same on every process; set_state() on a fresh iterator with the same arguments goes on
-    exactly there.
+    is the same on every process, however many there are; set_state() on a fresh iterator, of any
+    number of processes, goes on exactly there.
 
     Args:
         prepared: the corpus; its train split is read.
@@ -77,33 +131,65 @@ def train_batches(
         seed: of the shuffle, 0 <= seed < 2**32.
         process_index: which process this is.
         process_count: how many processes share each batch; must divide batch_size.
+        mixture: further corpora and their weights, the first one's being 1. Rows are dealt from
+            all of them in fixed proportion, each with epochs of its own.
 
     Returns:
-        An iterator of {"tokens": int32 [B / process_count, L], "counted": bool of the same shape,
-        all True}.
+        An iterator of batches of B / process_count rows.
 
     Raises:
-        UserError: batch_size does not fit; when read, a record that is damaged.
+        UserError: batch_size does not fit, or a corpus of the mixture has another tokenizer,
+            length or packing; when read, a record that is damaged.
     """
-    blocks = _Blocks(prepared, "train")
-    if not 1 <= batch_size <= len(blocks) or batch_size % process_count:
+    blocks = [_Blocks(corpus, "train") for corpus, _ in ((prepared, 1.0), *mixture)]
+    most = sum(map(len, blocks))
+    if not 1 <= batch_size <= most or batch_size % process_count:
         raise UserError(
-            f"The batch size is {batch_size}; it must be from 1 to {len(blocks)} (the training "
+            f"The batch size is {batch_size}; it must be from 1 to {most} (the training "
             f"blocks in {prepared.folder}) and a multiple of the {process_count} process(es)."
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"The data seed is {seed}; it must be from 0 to {2**32 - 1}.")
-    shuffled = grain.MapDataset.source(blocks).seed(seed).shuffle().repeat()
+    for corpus, _ in mixture:
+        _check_alike(prepared, corpus)
+    shuffled = [grain.MapDataset.source(b).seed(seed).shuffle().repeat() for b in blocks]
+    weights = [1.0, *(weight for _, weight in mixture)]
+    rows = grain.MapDataset.mix(shuffled, weights) if mixture else shuffled[0]
     # Small batches dealt to the processes in turn: global batch i is small batches
     # i * process_count .. (i + 1) * process_count - 1. There is no remainder in an endless stream;
     # drop_remainder has Grain count batches in whole numbers, where rounding up overflows.
-    small = shuffled.batch(batch_size // process_count, drop_remainder=True)
+    small = rows.batch(batch_size // process_count, drop_remainder=True)
     shares = small[process_index::process_count]
-    return iter(shares.map(_all_counted).to_iter_dataset(_READ_OPTIONS))
+    return iter(shares.map(lambda a: as_batch(prepared, a)).to_iter_dataset(_READ_OPTIONS))
 
 
-def _all_counted(tokens_BL: np.ndarray) -> Batch:
-    return {"tokens": tokens_BL, "counted": np.ones(tokens_BL.shape, dtype=bool)}
+def _check_alike(first: Prepared, other: Prepared) -> None:
+    for name in ("tokenizer", "length", "packing"):
+        ours, theirs = (_facts(corpus)[name] for corpus in (first, other))
+        if ours != theirs:
+            raise UserError(
+                f"data.mixture holds {other.folder}, prepared with {name} {theirs}, but "
+                f"{first.folder} has {ours}: prepare both with the same."
+            )
+
+
+def _facts(corpus: Prepared) -> dict[str, Any]:
+    facts = {"tokenizer": corpus.tokenizer.fingerprint, "length": corpus.length}
+    return facts | {"packing": corpus.packing}
+
+
+def as_batch(prepared: Prepared, tokens_BL: np.ndarray) -> Batch:
+    """The batch of these rows, in which -1 stands for a pad; see above."""
+    padding_BL = tokens_BL == _PAD
+    tokens_BL = np.where(padding_BL, prepared.tokenizer.pad_id, tokens_BL).astype(np.int32)
+    batch = {"tokens": tokens_BL, "counted": ~padding_BL}
+    if prepared.count_pads:
+        batch["counted"] = np.ones_like(padding_BL)
+    elif prepared.packing == "padded":
+        batch["padding"] = padding_BL
+    if prepared.packing == "documents":
+        batch["segments"] = segments(tokens_BL, prepared.tokenizer.eos_id)
+    return batch
 
 
 def valid_batches(prepared: Prepared, batch_size: int, limit: int = 0) -> Iterator[Batch]:
@@ -115,8 +201,7 @@ def valid_batches(prepared: Prepared, batch_size: int, limit: int = 0) -> Iterat
         limit: at most this many blocks; 0 for all.
 
     Returns:
-        An iterator of {"tokens": int32 [B, L], "counted": bool [B, L]}. The last batch is
-        filled up with rows of zeros whose counted is False.
+        An iterator of batches. The last one is filled up with rows of zeros and False.
 
     Raises:
         UserError: batch_size is below 1 or limit below 0; a record that is damaged.
@@ -129,28 +214,12 @@ def valid_batches(prepared: Prepared, batch_size: int, limit: int = 0) -> Iterat
     blocks = _Blocks(prepared, "valid")
     count = min(limit or len(blocks), len(blocks))
     return (
-        _filled_batch(blocks, range(start, min(start + batch_size, count)), batch_size)
+        _filled_batch(prepared, blocks, range(start, min(start + batch_size, count)), batch_size)
         for start in range(0, count, batch_size)
     )
 
 
-def _filled_batch(blocks: _Blocks, indices: range, batch_size: int) -> Batch:
-    rows_RL = np.stack([blocks[i] for i in indices])
-    missing = ((0, batch_size - len(rows_RL)), (0, 0))
-    return {name: np.pad(rows, missing) for name, rows in _all_counted(rows_RL).items()}
-
-
-def unigram_entropy(prepared: Prepared, split: str = "valid") -> float:
-    """Returns the entropy of a split's token frequencies, in nats per token.
-
-    The loss of the best model that ignores context altogether; every trained one must beat it.
-
-    Raises:
-        UserError: there is no such split, or a record is damaged.
-    """
-    blocks = _Blocks(prepared, split)
-    counts_V = np.zeros(prepared.tokenizer.vocab_size, dtype=np.int64)
-    for i in range(len(blocks)):
-        counts_V += np.bincount(blocks[i], minlength=len(counts_V))
-    share_V = counts_V[counts_V > 0] / counts_V.sum()
-    return float(-(share_V * np.log(share_V)).sum())
+def _filled_batch(prepared: Prepared, blocks: _Blocks, indices: range, batch_size: int) -> Batch:
+    batch = as_batch(prepared, np.stack([blocks[i] for i in indices]))
+    missing = ((0, batch_size - len(indices)), (0, 0))
+    return {name: np.pad(rows, missing) for name, rows in batch.items()}

@@ -9,6 +9,8 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from lomdm_jax.data.pipeline import Mixture
+from lomdm_jax.data.prepare import Prepared
 from lomdm_jax.errors import UserError
 from lomdm_jax.training.state import TrainState
 
@@ -127,6 +129,11 @@ class Checkpoints:
         )
         return Restored(**self._manager.restore(step, args=items))
 
+    def parameters(self, step: int) -> dict[str, Any]:
+        """The EMA parameters of a checkpoint of any model, by name; see `by_name`."""
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return by_name(self._manager.restore(step, args=items)["state"]["ema"])
+
     def facts(self, step: int) -> dict[str, Any]:
         """The facts saved with a checkpoint, without its arrays."""
         items = ocp.args.Composite(facts=ocp.args.JsonRestore())
@@ -142,6 +149,12 @@ class Checkpoints:
         self._manager.close()
 
 
+def by_name(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts, by their keys with slashes between: "backbone/blocks/0/..."."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 # Facts that parameters depend on, and what a run that continues must share besides.
 _SAME_MODEL = (
     *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
@@ -149,22 +162,32 @@ _SAME_MODEL = (
 )
 _SAME_RUN = (
     *("order.c1", "order.c2", "order.exponent", "train.batch_size", "train.seed"),
-    *("data.source", "data.valid_source", "data.length", "data.valid_share"),
+    *("data", "data.length", "data.count_pads"),
     *("objective.clip_noise", "objective.ignore_first", "objective.temperature"),
     *("objective.uniform_share", "objective.blank_share", "objective.order_share"),
     *("train.random_steps",),
 )
 
 
-def facts(config: ConfigDict, tokenizer: Any) -> dict[str, Any]:
+def facts(config: ConfigDict, prepared: Prepared, mixture: Mixture = ()) -> dict[str, Any]:
     """What is saved with a checkpoint: JSON-able values by flat name.
 
-    tokenizer: has `vocab_size` and `fingerprint`.
+    `data` says what is trained on: the hash of the training tokens of each corpus, and its weight.
     """
     flat = {
         f"{section}.{name}": config[section][name] for section in config for name in config[section]
     }
-    return {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint, **flat}
+    tokenizer = prepared.tokenizer
+    return (
+        {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
+        | flat
+        | {
+            "data": [
+                [corpus.manifest["splits"].get("train", {}).get("sha256", ""), weight]
+                for corpus, weight in ((prepared, 1.0), *mixture)
+            ]
+        }
+    )
 
 
 def check_facts(saved: dict[str, Any], current: dict[str, Any], *, resume: bool) -> None:
