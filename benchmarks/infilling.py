@@ -32,6 +32,7 @@ VARIANTS = (
     "mdm@model.layout=ranked",
     "lomdm-ranked",
     "lomdm-ranked@objective.blank_share=0.125",
+    "lomdm-ranked@objective.blank_share=0.5",
 )
 BASE = "mdm"
 RESULTS = "infilling.npz"  # in the folder of a run

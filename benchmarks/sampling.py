@@ -1,13 +1,13 @@
 """Samplers on long sequences: tokens per second, network calls, and quality under a judge.
 
-python benchmarks/sampling.py [--length 1024] [--steps N] [--rows N] [--samplers mdm,...]
-                              [--train FILE --valid FILE] [--folder DIR]
+python benchmarks/sampling.py [--length 1024] [--longer N] [--rows N] [--samplers mdm,...]
+                              [options of orders.py]
 
-Trains three networks of one size on the same text for as many steps: masked diffusion ("mdm"),
-which calls the whole network for every reveal; the ranked layout ("lomdm-ranked"), which remembers
-what it has read; and a causal judge ("ar"). Runs that are complete in the folder are not made
-again. Then samples some sequences in every way of SAMPLERS, each an order with changes of the
-config's section `sample`.
+Takes three runs of orders.py in the folder (one seed; they are trained first if they are missing):
+masked diffusion ("mdm"), which calls the whole network for every reveal; the ranked layout
+("lomdm-ranked"), which remembers what it has read; and a causal judge ("ar"). Each goes on for
+--longer steps on sequences of the full length. Then samples some sequences in every way of
+SAMPLERS, each an order with changes of the config's section `sample`.
 
 Quality is the generative perplexity: what the judge says of the samples, exp of nats per token with
 a standard error over the sequences. It falls when samples repeat themselves, so the entropy of
@@ -17,9 +17,7 @@ says little of how good the text is.
 
 Seconds are the sampler's for all rows together, compiled before the clock starts, the best of a
 few runs. A call of the ranked sampler asks for a few positions and reads them; a call of the other
-is a pass over all positions. A bidirectional sampler that would need more than --most-calls is
-timed on its last so many calls, where the rest is given text (a call costs the same whatever is
-given), and is not judged. Writes sampling.md, sampling.csv and sampling.png into the folder.
+is a pass over all positions. Writes sampling.md, sampling.csv and sampling.png into the folder.
 """
 
 import argparse
@@ -39,11 +37,10 @@ PLAIN, RANKED, JUDGE, TEXT = "mdm", "lomdm-ranked", "ar", "held-out text"
 EXACT = f"{RANKED}@sample.reveal=1"
 SAMPLERS = (
     *(f"{PLAIN}@sample.reveal={number}" for number in (1, 4, 16, 64, 256)),
-    *(f"{PLAIN}@sample.sampler=ancestral@sample.steps={number}" for number in (16, 64)),
+    *(f"{PLAIN}@sample.sampler=ancestral@sample.steps={number}" for number in (16, 64, 256)),
     *(f"{RANKED}@sample.reveal={number}" for number in (1, 2, 4, 8, 16)),
-    *(f"{RANKED}@sample.reveal=16@sample.dependence={nats}" for nats in (1.0, 2.0, 4.0, 8.0)),
+    *(f"{RANKED}@sample.reveal=4@sample.dependence={nats}" for nats in (1.0, 2.0, 4.0, 8.0)),
 )
-BATCH = orders.SIZES["cpu"]["train.batch_size"]
 TRIES, LONG_ENOUGH = 3, 10.0  # runs that are timed, unless they have taken so many seconds
 
 
@@ -52,15 +49,15 @@ def make_config(options: argparse.Namespace, variant: str) -> Any:
     from lomdm_jax.config import validate
 
     config = orders.make_config(options, variant, options.steps)
-    config.data.length, config.data.vocab_size = options.length, options.vocab
-    config.model.width, config.model.layers = options.width, options.layers
-    config.model.heads, config.optimizer.learning_rate = options.heads, options.rate
-    config.train.batch_size = options.batch * config.train.batch_size // BATCH
+    config.train.start_from = str(workdir_of(options, order_of(variant), options.seeds[0]))
+    config.train.random_steps = 0  # the walk was found before
+    config.data.length = options.length
+    config.train.batch_size = options.batch
     # One group of draws of the same text at least, from which the order is learned.
     share = min(1.0, (config.objective.mask_samples + 0.5) / config.train.batch_size)
     config.objective.order_share = max(config.objective.order_share, share)
-    config.train.seed, config.train.log_every = options.seed, max(1, options.steps // 10)
-    config.train.eval_every = config.checkpoint.every = options.steps
+    config.train.steps = config.train.eval_every = config.checkpoint.every = options.longer
+    config.train.log_every = max(1, options.longer // 10)
     config.eval.batch_size = config.sample.count = options.rows
     config.eval.sequences, config.eval.draws = options.scored, 4
     validate(config)
@@ -68,27 +65,21 @@ def make_config(options: argparse.Namespace, variant: str) -> Any:
 
 
 def trained(options: argparse.Namespace, order: str) -> tuple[Any, Any]:
-    """The order's run and its EMA parameters, trained first unless the folder has them."""
+    """The order's run on the full length and its EMA parameters."""
     from lomdm_jax import jobs
     from lomdm_jax.run import start
 
-    workdir = workdir_of(options, order, options.seed)
+    seed = options.seeds[0]
+    if not (workdir_of(options, order, seed) / "seconds.json").exists():
+        orders.train(options, order, seed, [options.steps])
+    workdir = long_workdir_of(options, order)
     workdir.mkdir(parents=True, exist_ok=True)
-    file, started = workdir / "seconds.json", time.perf_counter()
-    seconds = json.loads(file.read_text()) if file.exists() else {}
     run = start(make_config(options, order), workdir)
-    params = jobs.train(run)
-    if str(options.steps) not in seconds:  # after a run of fewer steps, which this one continued
-        seconds[options.steps] = time.perf_counter() - started + max(seconds.values(), default=0)
-        file.write_text(json.dumps(seconds))
-    return run, params
+    return run, jobs.train(run)
 
 
-def sampled(options: argparse.Namespace, run: Any, config: Any) -> int:
-    """How many positions of a sequence are sampled: all, or what --most-calls suffice for."""
-    if run.generator.one_pass == "order" or config.sample.sampler != "race":
-        return options.length
-    return min(options.length, options.most_calls * config.sample.reveal)
+def long_workdir_of(options: argparse.Namespace, order: str) -> pathlib.Path:
+    return options.folder / f"long-{workdir_of(options, order, options.seeds[0]).name}"
 
 
 def make_judge(options: argparse.Namespace) -> Callable[[np.ndarray], dict[str, float]]:
@@ -135,8 +126,7 @@ def timed(options: argparse.Namespace, run: Any, params: Any, config: Any) -> tu
     from lomdm_jax.sampling import make_sampler
 
     tokens_BL = held_out(run)
-    given_L = np.arange(options.length) >= sampled(options, run, config)
-    given_BL = np.broadcast_to(given_L, tokens_BL.shape)
+    given_BL = np.zeros(tokens_BL.shape, bool)
     key = run.replicate(jax.random.key(config.sample.seed))
     inputs = (params, key, run.place(tokens_BL), run.place(given_BL))
     sampler = jax.jit(make_sampler(config.sample, run.generator)).lower(*inputs).compile()
@@ -156,20 +146,17 @@ def measure(
     judge: Callable[[np.ndarray], dict[str, float]],
 ) -> dict[str, Any]:
     """A row of the table. `calls` are those of all rows together, `calls_of_one` the mean of each
-    row's own; a shortened sampler's are those of whole sequences."""
-    config = make_config(options, variant)
-    samples, seconds = timed(options, run, params, config)
-    whole = options.length / sampled(options, run, config)
+    row's own."""
+    samples, seconds = timed(options, run, params, make_config(options, variant))
     row = {
         "sampler": variant,
         "samples": options.rows,
-        "calls": math.ceil(int(samples.calls) * whole),
-        "calls_of_one": float(samples.revealed_BL.max(-1).mean()) * whole,
-        "seconds": seconds * whole,
-        "tokens_per_second": options.rows * options.length / (seconds * whole),
+        "calls": int(samples.calls),
+        "calls_of_one": float(samples.revealed_BL.max(-1).mean()),
+        "seconds": seconds,
+        "tokens_per_second": options.rows * options.length / seconds,
     }
-    unjudged = dict.fromkeys(("nats", "nats_error", "entropy"), math.nan)
-    return row | (judge(samples.tokens_BL) if whole == 1 else unjudged)
+    return row | judge(samples.tokens_BL)
 
 
 def measure_all(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -229,16 +216,14 @@ def quality(row: dict[str, Any]) -> str:
 
 
 def networks(options: argparse.Namespace) -> str:
-    """A table of what was trained: held-out bound and wall time."""
-    rows = [["network", "held-out nelbo_order, nats per token", "training"]]
+    """A table of what was trained: the held-out bound."""
+    rows = [["network", "held-out nelbo_order, nats per token"]]
     orders_used = dict.fromkeys([*(order_of(variant) for variant in options.samplers), JUDGE])
     for order in orders_used:
-        workdir = workdir_of(options, order, options.seed)
-        found = json.loads((workdir / "evaluation.json").read_text())
+        found = json.loads((long_workdir_of(options, order) / "evaluation.json").read_text())
         nats, error = (found[f"nelbo_order_{k}"] for k in ("nats_per_token", "standard_error"))
-        seconds = json.loads((workdir / "seconds.json").read_text())[str(options.steps)]
         note = " (the judge)" if order == JUDGE else ""
-        rows.append([f"`{order}`{note}", f"{nats:.3f} ± {error:.3f}", f"{seconds:.0f} s"])
+        rows.append([f"`{order}`{note}", f"{nats:.3f} ± {error:.3f}"])
     return as_markdown(rows)
 
 
@@ -264,8 +249,8 @@ def write(options: argparse.Namespace, table: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         writer.writerows(table)
-    shape = f"length {options.length}, width {options.width}, {options.layers} layers"
-    parts = [f"{shape}, {options.steps} steps.\n", networks(options), markdown(table)]
+    about = f"{options.steps} steps on short sequences, {options.longer} of length {options.length}"
+    parts = [f"{about}:\n", networks(options), markdown(table)]
     text = "\n".join([*parts, summary(table)])
     (options.folder / "sampling.md").write_text(text)
     print(text)
@@ -304,26 +289,16 @@ def draw(options: argparse.Namespace, table: list[dict[str, Any]]) -> None:
     figure.savefig(options.folder / "sampling.png", dpi=150)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    numbers = {"length": 1024, "vocab": 1024, "width": 64, "layers": 2, "heads": 2, "batch": 8}
-    numbers |= {"steps": 200, "rows": 4, "scored": 32, "seed": 0, "most-calls": 256}
+def main() -> None:
+    parser = orders.make_parser(__doc__)
+    numbers = {"length": 1024, "longer": 200, "batch": 8, "rows": 4, "scored": 32}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
-    known = orders.make_parser(__doc__)
-    for name in ("train", "valid"):
-        parser.add_argument(f"--{name}", default=known.get_default(name))
-    folder = orders.ROOT / "runs" / "sampling"
-    parser.add_argument("--folder", type=pathlib.Path, default=folder)
-    parser.set_defaults(size="cpu")  # orders.py's, of which all that matters is set again
-    return parser
-
-
-def main() -> None:
-    options = make_parser().parse_args()
+    parser.set_defaults(folder=orders.ROOT / "runs" / "ranked", seeds="0")
+    options = orders.finish(parser.parse_args())
     options.samplers = options.samplers.split(",")
+    options.folder.mkdir(parents=True, exist_ok=True)
     write(options, measure_all(options))
 
 
