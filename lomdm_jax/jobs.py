@@ -76,8 +76,18 @@ def train(run: Run) -> Any:
 def evaluate(run: Run) -> None:
     """Score the validation set with the EMA parameters of a checkpoint, and describe the order."""
     params = saved_state(run).ema
+    run = run._replace(workdir=_report_folder(run))
     make_evaluator(run)(params)
     describe_order(run, params)
+
+
+def _report_folder(run: Run) -> pathlib.Path:
+    """The run's folder; for other text than it was evaluated on before, one of that text in it."""
+    file, sha256 = run.workdir / "evaluation.json", run.prepared.passport("valid")["sha256"]
+    known = json.loads(file.read_text())["data"]["sha256"] if file.exists() else sha256
+    folder = run.workdir if known == sha256 else run.workdir / run.prepared.folder.name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def sample(run: Run) -> None:
@@ -118,7 +128,9 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
         print(_describe(passport, uncounted), flush=True)
         facts = {"estimator": config.estimator, "unigram_entropy": baseline, **_flat(evaluation)}
         facts["data"] = passport | {"uncounted_tokens": uncounted}
-        (run.workdir / "evaluation.json").write_text(json.dumps(facts, indent=2) + "\n")
+        file = run.workdir / "evaluation.json"
+        file.write_text(json.dumps(facts, indent=2) + "\n")
+        print(f"wrote {file}", flush=True)
         return evaluation
 
     return evaluator

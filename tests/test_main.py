@@ -150,6 +150,21 @@ def test_prepare_says_what_it_made_and_finds_it_again(arguments, tmp_path, capsy
         assert f" tokens, {blocks:,} blocks, " in printed
 
 
+def test_other_text_is_scored_beside_the_runs_own(arguments, trained, data, tmp_path, capsys):
+    """With the run's tokenizer, which its folder holds; text without a training split will do."""
+    before = (trained / "evaluation.json").read_text()
+    (tmp_path / "other.txt").write_text("\n\n".join(["Some other text to be scored."] * 50))
+    model = f"data.tokenizer=sentencepiece:{trained / 'tokenizer' / 'tokenizer.model'}"
+    other = (model, "data.source=", f"data.valid_source={tmp_path / 'other.txt'}")
+    command = arguments(trained, *other, f"data.directory={tmp_path / 'data'}")
+    assert main([*command, "--job", "evaluate"]) == 0
+    (folder,) = (tmp_path / "data").iterdir()
+    found = json_of(trained / folder.name, "evaluation.json")
+    assert found["data"]["source"] == "other" and found["data"]["documents"] == 50
+    assert (trained / "evaluation.json").read_text() == before
+    assert "no split 'train'; its splits: valid" in refused(command[:2] + command[4:], capsys)
+
+
 def test_a_preset_sets_the_data_and_is_overruled(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     command = ["--config=configs/quickstart.py", "--data=zero-shot-ptb", "--config.data.length=64"]
