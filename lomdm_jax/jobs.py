@@ -3,6 +3,7 @@
 import contextlib
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -266,14 +267,41 @@ def _initial(
     batches = pipeline.train_batches(
         run.prepared, config.train.batch_size, config.train.seed, mixture=run.mixture
     )
-    step = checkpoints.latest()
-    if step is None:
+    restored = _newest(run, optimizer, checkpoints)
+    if restored is None:
         state = fresh(run, optimizer)(jax.random.key(config.train.seed))
         return _from_another(run, state) if config.train.start_from else state, batches
-    restored = _restore(run, optimizer, checkpoints, step, resume=True)
     batches.set_state(restored.data)
-    print(f"continuing from step {step} of {checkpoints.folder}", flush=True)
+    print(f"continuing from step {int(restored.state.step)} of {checkpoints.folder}", flush=True)
     return restored.state, batches
+
+
+def _newest(
+    run: Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+) -> Restored | None:
+    """The newest checkpoint that can be read, None if there is none; damaged ones are set aside.
+
+    Raises:
+      UserError: it is of another run, or all are damaged.
+    """
+    damaged: list[pathlib.Path] = []
+    while (step := checkpoints.latest()) is not None:
+        try:
+            return _restore(run, optimizer, checkpoints, step, resume=True)
+        except UserError:
+            raise
+        except Exception as error:  # what a damaged file gives is as various as the files
+            damaged.append(checkpoints.set_aside(step))
+            reason = f"{error}".splitlines()[0][:200]
+            print(f"the checkpoint of step {step} is damaged ({reason})", file=sys.stderr)
+            print(f"it is set aside in {damaged[-1]}", file=sys.stderr, flush=True)
+    if damaged:
+        raise UserError(
+            f"All {len(damaged)} checkpoints of {checkpoints.folder} are damaged and set aside in "
+            f"{damaged[-1].parent}. Mend one and move it back, or run the same command again to "
+            "train anew."
+        )
+    return None
 
 
 def _from_another(run: Run, state: TrainState) -> TrainState:
@@ -285,7 +313,8 @@ def _from_another(run: Run, state: TrainState) -> TrainState:
     """
     folder = pathlib.Path(run.config.train.start_from)
     checkpoints = Checkpoints(folder / "checkpoints", run.config.checkpoint.keep, create=False)
-    found = checkpoints.parameters(checkpoints.find("latest"))
+    step, everywhere = checkpoints.find("latest"), meshes.replicated(run.mesh)
+    found = checkpoints.parameters(step, everywhere)
     checkpoints.close()
     names, fresh_names = by_name(state.params), []
     for name, a in names.items():
@@ -299,9 +328,9 @@ def _from_another(run: Run, state: TrainState) -> TrainState:
         if not same:
             fresh_names.append(name)
     taken = [a if name in fresh_names else found[name] for name, a in names.items()]
-    print(f"starting from {folder}; fresh: {', '.join(fresh_names) or 'nothing'}", flush=True)
+    fresh = ", ".join(fresh_names) or "nothing"
+    print(f"starting from step {step} of {folder}; fresh: {fresh}", flush=True)
     params = jax.tree.unflatten(jax.tree.structure(state.params), taken)
-    params = run.replicate(params)
     return state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params))
 
 

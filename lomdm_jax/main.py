@@ -63,20 +63,19 @@ JOBS = ("prepare", "train", "evaluate", "sample")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (without the program's name); returns the exit status: 0, 2 for
-    a user's error, 130 when interrupted."""
+    a user's error, 130 when interrupted, 143 when terminated (SIGTERM)."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or "--help" in argv or "-h" in argv:
         print(HELP.format(presets=textwrap.fill(", ".join(PRESETS), 88, subsequent_indent="  ")))
         return 0
     try:
-        _run(*parse(argv))
+        return _run(*parse(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
@@ -167,25 +166,31 @@ def _convert(key: str, text: str, default: bool | int | float | str) -> bool | i
         raise UserError(f"--config.{key} is {text!r}, but it must be {expected}.") from None
 
 
-def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> None:
+def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> int:
     print(f"{job} in {workdir} with\n{config}", flush=True)
     if job == "prepare":
         prepared = prepare(config.data)
         for split, entry in prepared.manifest["splits"].items():
             print(describe(split, entry))
         print(f"prepared in {prepared.folder}")
-        return
+        return 0
     # JAX starts only once the command line is known to be sound.
     from lomdm_jax import jobs
     from lomdm_jax.run import start
+    from lomdm_jax.training.loop import Terminated
 
     run = start(config, workdir)
-    if job == "train":
-        params = jobs.train(run)
-        jobs.describe_order(run, params)
-        jobs.write_samples(run, params)
-    else:
+    if job != "train":
         {"evaluate": jobs.evaluate, "sample": jobs.sample}[job](run)
+        return 0
+    try:
+        params = jobs.train(run)
+    except Terminated as end:
+        print(f"{end}, which is saved; the same command continues there", file=sys.stderr)
+        return 143
+    jobs.describe_order(run, params)
+    jobs.write_samples(run, params)
+    return 0
 
 
 if __name__ == "__main__":

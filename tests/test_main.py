@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from lomdm_jax.evaluation import walk_choice
 from lomdm_jax.main import main, parse
 from lomdm_jax.objectives.nelbo import Terms
 from lomdm_jax.orders.learned import TRIALS
+from lomdm_jax.training.loop import Loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """
@@ -188,11 +190,11 @@ def test_packings_run_from_end_to_end(arguments, tmp_path, order, packing):
 
 def test_a_run_starts_from_anothers_parameters(arguments, trained, tmp_path, capsys):
     """A longer context and another order: what both have is taken, the rest is fresh."""
-    changes = (f"train.start_from={trained}", "data.length=32", "train.steps=1")
+    changes = (f"train.start_from={trained}", "data.length=32", "train.steps=1", "mesh.data=2")
     changes = (*changes, "train.eval_every=1", "optimizer.learning_rate=1e-12")
     command = arguments(tmp_path, *changes, config="configs/quickstart.py:ar")
     assert main(command) == 0
-    assert f"starting from {trained}; fresh: nothing" in capsys.readouterr().out
+    assert f"starting from step 40 of {trained}; fresh: nothing" in capsys.readouterr().out
     found, started = (
         restore(f / "checkpoints", s)["state"] for f, s in ((trained, 40), (tmp_path, 1))
     )
@@ -253,13 +255,70 @@ def test_a_killed_run_continues_bit_for_bit(arguments, trained, tmp_path):
     saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert "10" in saved and "20" not in saved and len(saved) > 1, "not killed in mid-write"
     assert main(arguments(tmp_path)) == 0
-    whole, continued = (restore(folder / "checkpoints") for folder in (trained, tmp_path))
-    assert whole["data"] == continued["data"]
-    jax.tree.map(np.testing.assert_array_equal, whole["state"], continued["state"])
-    for name in ("train.csv", "eval.csv"):
-        assert strip(rows(trained / name)) == strip(rows(tmp_path / name))
+    same_end(trained, tmp_path)
     left = [path.name for path in (tmp_path / "checkpoints").iterdir()]
     assert all(name.isdigit() for name in left), "the half-written checkpoint is still there"
+
+
+def test_a_terminated_run_saves_and_continues_bit_for_bit(
+    arguments, trained, tmp_path, monkeypatch, capsys
+):
+    """SIGTERM comes while step 14 runs."""
+    report = Loop._report
+
+    def terminating(self, number, metrics):
+        if number == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        report(self, number, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_report", terminating)
+        assert main(arguments(tmp_path)) == 143
+    assert "terminated at step 14, which is saved" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert main(arguments(tmp_path)) == 0
+    assert "continuing from step 14" in capsys.readouterr().out
+    same_end(trained, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("state/manifest.ocdbt", "cut"), ("data/metadata", "emptied"), ("facts/metadata", "deleted")],
+)
+def test_a_damaged_checkpoint_is_set_aside(arguments, trained, tmp_path, capsys, file, damage):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "40" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "deleted":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    assert main(arguments(tmp_path)) == 0
+    printed = capsys.readouterr()
+    assert "the checkpoint of step 40 is damaged (" in printed.err
+    assert "continuing from step 30" in printed.out
+    assert (tmp_path / "damaged_checkpoints" / "40").is_dir()
+    same_end(trained, tmp_path)
+
+
+def test_nothing_is_trained_anew_while_all_checkpoints_are_damaged(
+    arguments, trained, tmp_path, capsys
+):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    folders = list((tmp_path / "checkpoints").iterdir())
+    for folder in folders:
+        (folder / "data" / "metadata").unlink()
+    assert main(arguments(tmp_path)) == 2
+    message = capsys.readouterr().err
+    assert f"All {len(folders)} checkpoints of" in message and "damaged_checkpoints" in message
+
+
+def same_end(one, other):
+    """The same state after the last step, bit for bit, and the same metrics."""
+    ours, theirs = (restore(folder / "checkpoints") for folder in (one, other))
+    assert ours["data"] == theirs["data"]
+    jax.tree.map(np.testing.assert_array_equal, ours["state"], theirs["state"])
+    for name in ("train.csv", "eval.csv"):
+        assert strip(rows(one / name)) == strip(rows(other / name))
 
 
 def restore(folder, step=40):

@@ -84,6 +84,16 @@ class Checkpoints:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Move a checkpoint out of the way, where nothing looks for it; its new place."""
+        place = self.folder.with_name("damaged_checkpoints") / str(step)
+        place.parent.mkdir(exist_ok=True)
+        while place.exists():
+            place = place.with_name(f"{place.name}_")
+        (self.folder / str(step)).rename(place)
+        self._manager.reload()
+        return place
+
     def find(self, which: str) -> int:
         """The step that "latest", "best" or a number names.
 
@@ -120,19 +130,23 @@ class Checkpoints:
           step: a step that exists; see `find`.
           abstract: shapes and dtypes of the state.
         """
-        target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), abstract
-        )
+        target = _placed(abstract, sharding)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(target),
             data=ocp.args.JsonRestore(),
         )
         return Restored(**self._manager.restore(step, args=items))
 
-    def parameters(self, step: int) -> dict[str, Any]:
-        """The EMA parameters of a checkpoint of any model, by name; see `by_name`."""
-        items = ocp.args.Composite(state=ocp.args.StandardRestore())
-        return by_name(self._manager.restore(step, args=items)["state"]["ema"])
+    def parameters(self, step: int, sharding: Sharding) -> dict[str, Any]:
+        """The EMA parameters of a checkpoint of any model, by name (see `by_name`), placed by
+        `sharding`."""
+        folder = self.folder / str(step) / "state"
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = reader.metadata(folder).item_metadata.tree["ema"]
+            target = {"ema": _placed(saved, sharding)}
+            how = ocp.checkpoint_utils.construct_restore_args(target)
+            args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+            return by_name(reader.restore(folder, args=args)["ema"])
 
     def facts(self, step: int) -> dict[str, Any]:
         """The facts saved with a checkpoint, without its arrays."""
@@ -147,6 +161,11 @@ class Checkpoints:
         """Wait, and release what is held."""
         self.wait()
         self._manager.close()
+
+
+def _placed(tree: Any, sharding: Sharding) -> Any:
+    """Shapes and dtypes of arrays that are to be restored with this sharding."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def by_name(tree: Any) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """The training loop: it only schedules. What is done at each cadence is passed in."""
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +23,28 @@ class Batches(Protocol):
     def __next__(self) -> dict[str, Any]: ...
 
     def get_state(self) -> dict[str, Any]: ...
+
+
+class Terminated(Exception):
+    """The process was asked to end (SIGTERM); the state of `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"terminated at step {step}")
+        self.step = step
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, instead of ending the process at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # others may not handle signals
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Loop:
@@ -58,7 +83,12 @@ class Loop:
 
         Raises:
           UserError: if a loss or a gradient is not finite.
+          Terminated: on SIGTERM, once the state is saved.
         """
+        with _termination() as asked:
+            return self._run(state, batches, asked)
+
+    def _run(self, state: TrainState, batches: Batches, asked: threading.Event) -> TrainState:
         first, last = int(state.step), self._config.train.steps
         key = self._replicate(jax.random.key(self._config.train.seed))
         self._progress = Progress(first, last)
@@ -71,10 +101,14 @@ class Loop:
             if pending:
                 self._report(*pending)
             pending = (number, metrics)
-            if self._due(number, "eval") or self._due(number, "checkpoint"):
+            ends = asked.is_set()
+            if ends or self._due(number, "eval") or self._due(number, "checkpoint"):
                 self._report(*pending)  # nothing that is not finite may be saved
                 pending = None
                 state = self._pause(number, state, batches)
+            if ends:
+                self._checkpoints.wait()
+                raise Terminated(number)
         if pending:
             self._report(*pending)
         return state
