@@ -32,7 +32,6 @@ VARIANTS = (
     "mdm@model.layout=ranked",
     "lomdm-ranked",
     "lomdm-ranked@objective.blank_share=0.125",
-    "lomdm-ranked@objective.blank_share=0.5",
 )
 BASE = "mdm"
 RESULTS = "infilling.npz"  # in the folder of a run
