@@ -494,7 +494,8 @@ def test_another_tokenizer_or_model_than_the_checkpoints_is_refused(arguments, t
 def test_a_checkpoint_that_lacks_a_key_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     tokenizer = types.SimpleNamespace(vocab_size=400, fingerprint="a")
-    current = jobs.facts(parse(["--config=configs/quickstart.py"])[0], tokenizer)
+    prepared = types.SimpleNamespace(tokenizer=tokenizer, manifest={"splits": {}})
+    current = jobs.facts(parse(["--config=configs/quickstart.py"])[0], prepared)
     older = {key: value for key, value in current.items() if key != "objective.clip_noise"}
     jobs.check_facts(current, current, resume=True)
     with pytest.raises(UserError, match=r"objective.clip_noise = None, but this run has False"):

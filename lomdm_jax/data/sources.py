@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -80,7 +81,8 @@ def _docstrings(path: Path) -> Iterator[str]:
                 yield text
 
 
-SOURCES: dict[str, Callable[[], list[str]]] = {"stdlib": stdlib_docstrings}
+# Read once: to parse the library takes seconds, and a corpus is read several times.
+SOURCES: dict[str, Callable[[], list[str]]] = {"stdlib": functools.cache(stdlib_docstrings)}
 
 
 class _Bad(NamedTuple):
