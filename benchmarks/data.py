@@ -71,7 +71,7 @@ def prepare_row(options: argparse.Namespace, text: str, tokenizer: str) -> list[
     """Megabytes of text per second of CPU, of `prepare` and of the tokenizer alone."""
     from lomdm_jax.data import shards
     from lomdm_jax.data.packing import make_rules
-    from lomdm_jax.data.prepare import sources_of
+    from lomdm_jax.data.prepare import record_dtype, sources_of
 
     data = make_config(options, text, tokenizer, 1024).data
     known = prepared(options, text, tokenizer, 1024).tokenizer
@@ -80,8 +80,8 @@ def prepare_row(options: argparse.Namespace, text: str, tokenizer: str) -> list[
     megabytes = sum(len(text.encode()) for text in documents) / 1e6
     folder = options.folder / "prepare"
     folder.mkdir(exist_ok=True)
-    dtype = "<u2" if known.rows <= 2**16 else "<u4"
-    task = shards.Task(folder, "timed", source, None, "none", make_rules(data, known), dtype)
+    rules, dtype = make_rules(data, known), record_dtype(known)
+    task = shards.Task(folder, "timed", source, None, "none", rules, dtype)
 
     def whole() -> None:
         for file in folder.iterdir():

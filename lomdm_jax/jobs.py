@@ -85,7 +85,8 @@ def evaluate(run: Run) -> None:
 def _report_folder(run: Run) -> pathlib.Path:
     """The run's folder; for other text than it was evaluated on before, one of that text in it."""
     file, sha256 = run.workdir / "evaluation.json", run.prepared.passport("valid")["sha256"]
-    known = json.loads(file.read_text())["data"]["sha256"] if file.exists() else sha256
+    report = json.loads(file.read_text()) if file.exists() else {}
+    known = report.get("data", {}).get("sha256", sha256)  # an older report has none
     folder = run.workdir if known == sha256 else run.workdir / run.prepared.folder.name
     folder.mkdir(exist_ok=True)
     return folder
@@ -288,8 +289,8 @@ def _newest(
     while (step := checkpoints.latest()) is not None:
         try:
             return _restore(run, optimizer, checkpoints, step, resume=True)
-        except UserError:
-            raise
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # nothing is wrong with the files
         except Exception as error:  # what a damaged file gives is as various as the files
             damaged.append(checkpoints.set_aside(step))
             reason = f"{error}".splitlines()[0][:200]

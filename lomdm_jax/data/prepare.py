@@ -13,7 +13,7 @@ from typing import Any
 
 from lomdm_jax.data.detokenizers import DETOKENIZERS
 from lomdm_jax.data.packing import check_rules, make_rules
-from lomdm_jax.data.shards import PROGRESS_FILE, Task, TooLittleText, write_split
+from lomdm_jax.data.shards import PROGRESS_FILE, Task, TooLittleText, write_split, write_whole
 from lomdm_jax.data.sources import Source, check_share, is_valid
 from lomdm_jax.data.tokenizers import (
     Tokenizer,
@@ -195,8 +195,8 @@ def _settings(data: Any) -> dict[str, Any]:
     settings = {name: getattr(data, name) for name in _RULES}
     versions = {split: source.version() for split, source in sources.items()}
     labels = {split: source.label() for split, source in sources.items()}
-    settings |= {"tokenizer": _tokenizer_name(data.tokenizer), "source": labels.get("train", "")}
-    settings |= {"tokenizer_version": identity(data.tokenizer), "valid_source": ""}
+    settings |= _tokenizer_settings(data.tokenizer)
+    settings |= {"source": labels.get("train", ""), "valid_source": ""}
     settings |= {"corpus_version": versions.get("train", "")}
     if data.valid_source:
         settings |= {"valid_source": labels["valid"], "valid_version": versions["valid"]}
@@ -215,10 +215,11 @@ def _settings(data: Any) -> dict[str, Any]:
     return settings
 
 
-def _tokenizer_name(name: str) -> str:
-    """Without the folder that it lies in: files count by content."""
-    kind, colon, where = name.partition(":")
-    return f"{kind}{colon}{Path(where).name}" if identity(name) else name
+def _tokenizer_settings(name: str) -> dict[str, str]:
+    """Of files the name without the folder that they lie in: they count by content."""
+    version, (kind, colon, where) = identity(name), name.partition(":")
+    name = f"{kind}{colon}{Path(where).name}" if version else name
+    return {"tokenizer": name, "tokenizer_version": version}
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
@@ -235,10 +236,13 @@ def _make(folder: Path, settings: dict[str, Any], data: Any) -> None:
             _remove_if_empty(partial)
             return
         try:
-            _write(partial, settings, data)
+            if not (partial / MANIFEST_FILE).exists():  # not killed between that and the renaming
+                _write(partial, settings, data)
         except TooLittleText:  # the same settings would find no more another time
             shutil.rmtree(partial)
             raise
+        for path in partial.glob(f"*.{PROGRESS_FILE}"):
+            path.unlink()
         partial.rename(folder)
 
 
@@ -262,7 +266,7 @@ def _write(folder: Path, settings: dict[str, Any], data: Any) -> None:
     """All files, the manifest last; goes on from what an interrupted run left."""
     sources = sources_of(data)
     tokenizer, total = _tokenizer(folder, data, sources)
-    rules, dtype = make_rules(data, tokenizer), _record_dtype(tokenizer)
+    rules, dtype = make_rules(data, tokenizer), record_dtype(tokenizer)
     splits = {}
     for split, source in sources.items():
         share = None if _has_own_valid(data) else data.valid_share
@@ -270,8 +274,7 @@ def _write(folder: Path, settings: dict[str, Any], data: Any) -> None:
         task = Task(folder, split, source, share, data.detokenizer, rules, dtype, known)
         splits[split] = write_split(task, tokenizer, data.workers or os.cpu_count() or 1)
         print(f"prepare: {describe(split, splits[split])}", flush=True)
-    for split in splits:
-        (folder / f"{split}.{PROGRESS_FILE}").unlink()
+    files = sorted(path for path in folder.iterdir() if not path.name.endswith(PROGRESS_FILE))
     manifest = {
         "format": FORMAT,
         "settings": settings,
@@ -279,10 +282,10 @@ def _write(folder: Path, settings: dict[str, Any], data: Any) -> None:
         "vocab_size": tokenizer.vocab_size,
         "length": settings["length"],
         "dtype": dtype,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+        "files": {path.name: path.stat().st_size for path in files},
         "splits": splits,
     }
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_whole(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
 
 
 def _tokenizer(folder: Path, data: Any, sources: dict[str, Source]) -> tuple[Tokenizer, int]:
@@ -313,7 +316,7 @@ def describe(split: str, entry: dict[str, Any]) -> str:
     return line + (f", {entry['skipped']:,} bad documents skipped" if entry["skipped"] else "")
 
 
-def _record_dtype(tokenizer: Tokenizer) -> str:
+def record_dtype(tokenizer: Tokenizer) -> str:
     """Little-endian, and the narrowest type that also holds the mask id."""
     return "<u2" if tokenizer.rows <= 2**16 else "<u4"
 

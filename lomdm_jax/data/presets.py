@@ -50,6 +50,15 @@ _MDLM = _PLAIN | {
     "insert_eos": True,
     "group": 1000,
 }
+# LM1B in BERT's ids, validated on its test split: mdlm dataloader.py:554-555.
+_SENTENCES = _MDLM | {
+    "source": _LM1B,
+    "split": "train",
+    "valid_split": "test",
+    "detokenizer": "lm1b",
+    "tokenizer": "hf:bert-base-uncased",
+    "length": 128,
+}
 # No end of text between documents, while blocks keep theirs: bd3lms
 # scripts/zs_ppl/ppl_zs_owt_mdlm.sh. MDLM counts all positions; BD3-LM leaves out the first, which
 # is objective.ignore_first.
@@ -62,15 +71,9 @@ def _recipe(base: dict[str, Any], ignore_first: bool = False, **data: Any) -> di
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # [CLS] sentence [SEP] and pads, which no number counts: mdlm configs/data/lm1b.yaml,
-    # dataloader.py:431-437; validated on test: dataloader.py:554-555.
+    # dataloader.py:431-437.
     "lm1b": _recipe(
-        _MDLM,
-        source=_LM1B,
-        split="train",
-        valid_split="test",
-        detokenizer="lm1b",
-        tokenizer="hf:bert-base-uncased",
-        length=128,
+        _SENTENCES,
         packing="padded",
         insert_separator=False,
         group=0,
@@ -79,14 +82,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # bd3lms configs/data/lm1b-wrap.yaml, dataloader.py:437-438, 459. The first id is given:
     # configs/algo/{mdlm,bd3lm}.yaml:8.
     "lm1b-packed": _recipe(
-        _MDLM,
+        _SENTENCES,
         ignore_first=True,
-        source=_LM1B,
-        split="train",
-        valid_split="test",
-        detokenizer="lm1b",
-        tokenizer="hf:bert-base-uncased",
-        length=128,
         separator_id="101",
     ),
     # mdlm configs/data/openwebtext-split.yaml, dataloader.py:344-355.

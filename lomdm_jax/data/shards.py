@@ -37,6 +37,13 @@ SAY_EVERY = 5.0  # seconds
 PROGRESS_FILE = "progress.json"
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there whole or not at all, also after a kill."""
+    passing = path.with_name(f"new.{PROGRESS_FILE}")
+    passing.write_text(text)
+    passing.replace(path)
+
+
 class TooLittleText(UserError):
     """There is not one block."""
 
@@ -108,11 +115,7 @@ class Progress:
         self.carry = packer.carry_N.tolist()
 
     def save(self, folder: Path, split: str) -> None:
-        """Whole or not at all."""
-        path = folder / f"{split}.{PROGRESS_FILE}"
-        passing = path.with_suffix(".new")
-        passing.write_text(json.dumps(dataclasses.asdict(self)))
-        passing.replace(path)
+        write_whole(folder / f"{split}.{PROGRESS_FILE}", json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, folder: Path, split: str) -> "Progress":

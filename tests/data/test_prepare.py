@@ -82,7 +82,7 @@ def test_a_passport_says_what_was_read(prepared):
 
 @pytest.mark.parametrize(("rows", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_a_large_vocabulary_is_stored_in_four_bytes(rows, dtype):
-    assert prepare_module._record_dtype(SimpleNamespace(rows=rows)) == dtype
+    assert prepare_module.record_dtype(SimpleNamespace(rows=rows)) == dtype
 
 
 def test_preparing_again_does_nothing(settings, capsys):
@@ -191,6 +191,18 @@ def test_a_killed_run_goes_on_at_the_next_file(on_file, small_parts):
         assert contents(again.folder) == contents(expected.folder)
         assert kept == {name: (again.folder / name).stat().st_mtime_ns for name in kept}
         assert folders(settings) == [expected.folder.name]
+
+
+def test_a_run_killed_before_the_renaming_goes_on_there(settings, prepared, small_parts):
+    """All is written then, and nothing is written again."""
+    expected = prepare(settings)
+    partial = expected.folder.with_name(f"{expected.folder.name}.partial")
+    expected.folder.rename(partial)
+    (partial / "train.progress.json").write_text("{}")
+    times = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.array_record")}
+    again = prepare(settings)
+    assert contents(again.folder) == contents(prepared.folder)
+    assert times == {name: (again.folder / name).stat().st_mtime_ns for name in times}
 
 
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
