@@ -105,7 +105,6 @@ def make_match(run: Any) -> Callable[..., Any]:
 
 def measure(options: argparse.Namespace, variant: str, seed: int) -> None:
     """Nats per hidden token and matches, float [spans, sequences], saved in the run's folder."""
-    import jax
 
     from lomdm_jax.evaluation.likelihood import over_batches
 
@@ -113,7 +112,7 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> None:
     functions = {"nats": (make_bound(run), "eval"), "match": (make_match(run), "sample")}
     found = {}
     for name, (function, section) in functions.items():
-        key = run.replicate(jax.random.key(run.config[section].seed + seed))
+        key = run.key(run.config[section].seed + seed)
         rows = []
         for size in options.spans:
             batches = hidden(run, options.limit, size)

@@ -57,9 +57,9 @@ def train_base(options: Any, seed: int) -> None:
 
 def flops(run: Any, optimizer: Any, state: Any) -> tuple[Any, float]:
     """The compiled step and the compiler's count of its work."""
-    from lomdm_jax import jobs
+    from lomdm_jax.training.compiled import compiled_step
 
-    step = jobs.compiled_step(run, run.generator, optimizer, state)
+    step = compiled_step(run, run.generator, optimizer, state)
     return step, step.cost_analysis()["flops"]
 
 
@@ -67,19 +67,17 @@ def started(options: Any, run: Any, optimizer: Any, seed: int) -> tuple[Any, flo
     """The base's state with what this run has besides, fresh; and the flops of a base's step."""
     import jax
 
-    from lomdm_jax import jobs
-    from lomdm_jax.distributed.mesh import replicated
     from lomdm_jax.run import start
     from lomdm_jax.training.checkpoint import Checkpoints
+    from lomdm_jax.training.initial import fresh, target
 
     base = start(orders.make_config(options, BASE, options.steps), base_of(options, seed))
     checkpoints = Checkpoints(base.workdir / "checkpoints", 1, create=False)
-    abstract = jax.eval_shape(jobs.fresh(base, optimizer), jax.random.key(0))
-    saved = checkpoints.restore(checkpoints.find("latest"), abstract, replicated(run.mesh)).state
+    saved = checkpoints.restore(checkpoints.find("latest"), target(base, optimizer)).state
     work = flops(base, optimizer, saved)[1]
     known = dict(jax.tree.leaves_with_path(saved))
-    fresh = jobs.fresh(run, optimizer)(jax.random.key(seed))
-    return jax.tree.map_with_path(lambda path, leaf: known.get(path, leaf), fresh), work
+    state = fresh(run, optimizer)()
+    return jax.tree.map_with_path(lambda path, leaf: known.get(path, leaf), state), work
 
 
 def with_walk(run: Any, state: Any, name: str) -> Any:
@@ -93,7 +91,6 @@ def with_walk(run: Any, state: Any, name: str) -> Any:
 
 def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
     """Passes of a step relative to masked diffusion's, and the bound at each of WHEN."""
-    import jax
 
     from lomdm_jax import jobs
     from lomdm_jax.data import pipeline
@@ -114,7 +111,7 @@ def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
     step, work = flops(run, optimizer, state)
     score = jobs.make_evaluator(run)
     batches = pipeline.train_batches(run.prepared, config.train.batch_size, seed + 1000)
-    key, bounds = run.replicate(jax.random.key(seed)), {}
+    key, bounds = run.key(seed), {}
     when = [0, round(options.fork_steps * unit / work), options.fork_steps]
     for number in range(max(when) + 1):
         if number in when:

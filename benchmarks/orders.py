@@ -115,17 +115,18 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
     """What a step of this order costs; see above."""
     import jax
 
-    from lomdm_jax import jobs
     from lomdm_jax.generator import init_params, make_generator
     from lomdm_jax.run import start
+    from lomdm_jax.training.compiled import compiled_step
+    from lomdm_jax.training.initial import target
     from lomdm_jax.training.optimizer import make_optimizer
 
     config = make_config(options, variant, options.steps)
     run = start(config, options.folder)
     optimizer = make_optimizer(config.optimizer)
-    state = jax.eval_shape(jobs.fresh(run, optimizer), jax.random.key(0))
+    state = target(run, optimizer)
     random, learned = (
-        jobs.compiled_step(run, generator, optimizer, state).cost_analysis()["flops"]
+        compiled_step(run, generator, optimizer, state).cost_analysis()["flops"]
         for generator in (run.generator.at_random(), run.generator)
     )
     config.order.name, config.model.layout = "mdm", "own"

@@ -92,7 +92,7 @@ def make_judge(options: argparse.Namespace) -> Callable[[np.ndarray], dict[str, 
     run, params = trained(options, JUDGE)
     objective = objective_for(run, run.config.eval.estimator, samples=1)
     scorer = jax.jit(likelihood.make_scorer(run.generator, objective, draws=1))
-    key = run.replicate(jax.random.key(0))  # draws nothing: the order is left to right
+    key = run.key(0)  # draws nothing: the order is left to right
 
     def judge(tokens_BL: np.ndarray) -> dict[str, float]:
         batch = {"tokens": tokens_BL, "counted": np.ones(tokens_BL.shape, bool)}
@@ -127,7 +127,7 @@ def timed(options: argparse.Namespace, run: Any, params: Any, config: Any) -> tu
 
     tokens_BL = held_out(run)
     given_BL = np.zeros(tokens_BL.shape, bool)
-    key = run.replicate(jax.random.key(config.sample.seed))
+    key = run.key(config.sample.seed)
     inputs = (params, key, run.place(tokens_BL), run.place(given_BL))
     sampler = jax.jit(make_sampler(config.sample, run.generator)).lower(*inputs).compile()
     seconds: list[float] = []

@@ -2,11 +2,14 @@
 expensive does. Defaults follow MDLM's published recipe (kuleshov-group/mdlm, configs/) where it
 has one; a file in configs/ changes what differs."""
 
+import re
+
 from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
 from lomdm_jax.data import prepare
 from lomdm_jax.errors import UserError
+from lomdm_jax.models.transformer import REMAT
 from lomdm_jax.objectives.leave_one_out import groups
 
 DTYPES = ("float32", "bfloat16")
@@ -14,6 +17,7 @@ SAMPLERS = ("ancestral", "race")
 LAYOUTS = ("own", "ranked")
 GRIDS = ("even", "linear")
 GIVEN = ("posterior", "text")
+ON_BAD_STEP = ("stop", "skip")
 
 
 # By section; `validate` says what each leaf may be.
@@ -61,7 +65,11 @@ _DEFAULTS = {
         "cond_dim": 128,
         "head_layers": 1,  # blocks in each order head, as in the paper; 0 costs next to nothing
         "dropout": 0.1,
-        "dtype": "float32",  # compute dtype; parameters and losses are float32 always
+        # Compute dtype; parameters, sums of products, norms and losses are float32 always.
+        "dtype": "float32",
+        # What blocks keep for the gradient: "none" recomputes nothing, "dots" all but products with
+        # parameters, "full" all. Less memory for more computation.
+        "remat": "none",
         # "own": what suits the order, with a shift or blocks where it is fixed and two-sided where
         # not. "ranked": one pass over twice the length scores a whole order, whichever it is.
         "layout": "own",
@@ -121,9 +129,15 @@ _DEFAULTS = {
         "random_steps": 0,
         "batch_size": 512,  # sequences per step over all devices
         "micro_batches": 1,  # parts a batch is cut into to save memory
+        "donate": True,  # a step's state is written over that before; off: both exist at once
         "seed": 0,
         "log_every": 100,  # steps
         "eval_every": 10_000,  # steps; also after the last one
+        # A step whose loss or gradient is not finite, or whose loss lies more than `spike` standard
+        # deviations above its running mean: "stop" the run there, or "skip" the update.
+        "on_bad_step": "stop",
+        "spike": 0.0,  # 0 for not at all: what is far out depends on the text
+        "profile": "",  # "FIRST:LAST", steps that a profiler traces into the run's folder
     },
     "eval": {
         "batch_size": 64,  # sequences
@@ -148,8 +162,10 @@ _DEFAULTS = {
         "suffix": "",  # text that every sample ends with
         "seed": 2,
     },
-    "mesh": {
-        "data": -1,  # devices the batch is split over; -1 for all
+    "mesh": {  # devices; data x fsdp x tensor of them
+        "data": -1,  # copies of the model, which share each batch; -1 for all that are left
+        "fsdp": 1,  # share each batch, and the parameters, their average and the optimizer state
+        "tensor": 1,  # share the work on each sequence: heads, hidden units, the vocabulary
     },
     "checkpoint": {
         "every": 10_000,  # steps
@@ -177,7 +193,7 @@ def validate(config: ConfigDict) -> None:
 
 
 _POSITIVE = (
-    "data.length model.width model.layers model.heads model.cond_dim "
+    "data.length mesh.fsdp mesh.tensor model.width model.layers model.heads model.cond_dim "
     "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
     "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
     "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
@@ -186,7 +202,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
     "data.vocab_size data.group data.workers "
-    "eval.sequences sample.dependence train.seed eval.seed sample.seed"
+    "eval.sequences sample.dependence train.seed train.spike eval.seed sample.seed"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "
@@ -227,6 +243,8 @@ def _check_choices(config: ConfigDict) -> None:
         "eval.estimator": objectives.NAMES,
         "model.dtype": DTYPES,
         "model.layout": LAYOUTS,
+        "model.remat": tuple(REMAT),
+        "train.on_bad_step": ON_BAD_STEP,
         "sample.sampler": SAMPLERS,
         "sample.grid": GRIDS,
         "sample.given": GIVEN,
@@ -234,6 +252,11 @@ def _check_choices(config: ConfigDict) -> None:
     for key, allowed in choices.items():
         if leaf(config, key) not in allowed:
             _reject(config, key, f"it must be one of {', '.join(allowed)}.")
+    profile, steps = config.train.profile, config.train.steps
+    ends = re.fullmatch(r"(\d+):(\d+)", profile)
+    if profile and not (ends and 1 <= int(ends[1]) <= min(int(ends[2]), steps)):
+        remedy = f'it must be FIRST:LAST, with FIRST from 1 to {steps} and not above LAST, or ""'
+        _reject(config, "train.profile", remedy)
     restore = str(config.checkpoint.restore)
     if restore not in ("latest", "best") and not restore.isdigit():
         _reject(config, "checkpoint.restore", 'it must be "latest", "best" or a step number.')
@@ -255,6 +278,12 @@ def _check_combinations(config: ConfigDict) -> None:
             config,
             "model.width",
             f"rotary positions need a multiple of 2 * model.heads = {2 * config.model.heads}.",
+        )
+    if config.model.heads % config.mesh.tensor:
+        _reject(
+            config,
+            "mesh.tensor",
+            f"it splits heads: use a divisor of model.heads = {config.model.heads}.",
         )
     if config.train.batch_size % config.train.micro_batches:
         _reject(

@@ -191,6 +191,7 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
         cond_dim=model.cond_dim,
         dropout=model.dropout,
         dtype=jnp.dtype(model.dtype),
+        remat=model.remat,
     )
     order, length = make_order(**config.order), config.data.length
     groups = tuple(order.groups(length).tolist()) if order.groups else None

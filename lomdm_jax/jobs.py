@@ -3,45 +3,42 @@
 import contextlib
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from lomdm_jax.data import pipeline
 from lomdm_jax.data.pipeline import Batch
-from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.distributed import multihost
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import likelihood, order_statistics
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.generator import Generator, init_params
 from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.sampling import make_sampler
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.training.adaptation import make_adapter
-from lomdm_jax.training.checkpoint import Checkpoints, Restored, by_name, check_facts, facts
-from lomdm_jax.training.loop import Batches, Loop
-from lomdm_jax.training.metrics import MetricWriter
+from lomdm_jax.training.checkpoint import Checkpoints, facts
+from lomdm_jax.training.compiled import steps
+from lomdm_jax.training.initial import fresh, initial, saved_state
+from lomdm_jax.training.loop import Loop
+from lomdm_jax.training.metrics import Cost, MetricWriter
 from lomdm_jax.training.optimizer import make_optimizer
-from lomdm_jax.training.state import TrainState, init_state
-from lomdm_jax.training.step import make_train_step
+from lomdm_jax.training.state import TrainState
 
 # Samples printed and replayed; all of them count in the statistics of order.
 SHOWN = 3
 
 
-def train(run: Run) -> Any:
-    """Train to the last step, from the newest checkpoint if there is one; the EMA parameters."""
+def train(run: Run, resume: str = "auto") -> Any:
+    """Train to the last step; the EMA parameters. resume: see `initial`."""
     config = run.config
     optimizer = make_optimizer(config.optimizer)
     with contextlib.ExitStack() as stack:  # all is written out, however the run ends
         checkpoints = Checkpoints(run.workdir / "checkpoints", config.checkpoint.keep, create=True)
         stack.callback(checkpoints.close)
-        state, batches = _initial(run, optimizer, checkpoints)
+        state, batches = initial(run, optimizer, checkpoints, resume)
         save_config(run)
         first = int(state.step)
         writers = {name: MetricWriter(run.workdir, name, first) for name in ("train", "eval")}
@@ -59,13 +56,14 @@ def train(run: Run) -> Any:
 
         loop = Loop(
             config,
-            step=_steps(run, optimizer, state),
-            place=run.place,
-            replicate=run.replicate,
+            step=steps(run, optimizer, state),
+            place=run.place_rows,
+            key=run.key(config.train.seed),
             evaluate=evaluate_now,
             checkpoints=checkpoints,
             facts=facts(config, run.prepared, run.mixture),
             writer=writers["train"],
+            cost=Cost(0.0, None),
         )
         state = loop.run(state, batches)
     if first >= config.train.steps:
@@ -99,6 +97,8 @@ def sample(run: Run) -> None:
 
 def save_config(run: Run) -> None:
     """Write the resolved config to `config.json`, and the tokenizer into `tokenizer`."""
+    if not multihost.leads():
+        return
     (run.workdir / "config.json").write_text(run.config.to_json(indent=2) + "\n")
     folder = run.workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
@@ -109,10 +109,10 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
     """A function of the parameters that scores the validation set, prints and saves the report."""
     config = run.config.eval
     objective = objective_for(run, config.estimator, samples=1)
-    scorer = jax.jit(likelihood.make_scorer(run.generator, objective, config.draws))
+    scorer = run.jit(likelihood.make_scorer(run.generator, objective, config.draws))
     passport = run.prepared.passport("valid")
     baseline = run.prepared.split("valid")["unigram_entropy"]
-    key = run.replicate(jax.random.key(config.seed))
+    key = run.key(config.seed)
 
     def evaluator(params: Any) -> likelihood.Evaluation:
         uncounted = {"padding": 0, "given": 0}
@@ -130,9 +130,10 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
         print(_describe(passport, uncounted), flush=True)
         facts = {"estimator": config.estimator, "unigram_entropy": baseline, **_flat(evaluation)}
         facts["data"] = passport | {"uncounted_tokens": uncounted}
-        file = run.workdir / "evaluation.json"
-        file.write_text(json.dumps(facts, indent=2) + "\n")
-        print(f"wrote {file}", flush=True)
+        if multihost.leads():
+            file = run.workdir / "evaluation.json"
+            file.write_text(json.dumps(facts, indent=2) + "\n")
+            print(f"wrote {file}", flush=True)
         return evaluation
 
     return evaluator
@@ -162,7 +163,7 @@ def describe_order(run: Run, params: Any) -> None:
     order_statistics.json and order_statistics.png."""
     config = run.config
     objective = objective_for(run, config.eval.estimator, samples=1)
-    draw = jax.jit(order_statistics.make_draw(run.generator, objective))
+    draw = run.jit(order_statistics.make_draw(run.generator, objective))
     limit = config.eval.sequences or order_statistics.SEQUENCES
 
     def measure(params: Any) -> order_statistics.Statistics:
@@ -170,15 +171,16 @@ def describe_order(run: Run, params: Any) -> None:
             draw,
             params,
             valid_batches(run, min(limit, order_statistics.SEQUENCES)),
-            key=run.replicate(jax.random.key(config.eval.seed)),
+            key=run.key(config.eval.seed),
             pieces=run.prepared.tokenizer.pieces,
             place=run.place,
         )
 
-    start = jax.jit(_parameters(run), out_shardings=meshes.replicated(run.mesh))
-    before = measure(start(jax.random.key(config.train.seed)))
+    before = measure(fresh(run, make_optimizer(config.optimizer))().params)
     after = measure(params)
     print(order_statistics.report(before, after), flush=True)
+    if not multihost.leads():
+        return
     for path in order_statistics.write(run.workdir, before, after, config.order.name):
         print(f"wrote {path}", flush=True)
 
@@ -199,6 +201,8 @@ def _scored_so_far() -> Callable[[int], None]:
 def write_samples(run: Run, params: Any) -> None:
     """Generate `sample.count` sequences; write samples.jsonl, order.html and order.png."""
     samples = _generate(run, params)
+    if not multihost.leads():
+        return
     tokenizer = run.prepared.tokenizer
     texts = [tokenizer.decode(row.tolist()) for row in samples.tokens_BL]
     with open(run.workdir / "samples.jsonl", "w", encoding="utf-8") as file:
@@ -218,168 +222,11 @@ def write_samples(run: Run, params: Any) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def _steps(
-    run: Run, optimizer: optax.GradientTransformation, state: TrainState
-) -> Callable[..., tuple[TrainState, Any]]:
-    """The step as the loop calls it: up to `train.random_steps` that of random order."""
-    until, first = run.config.train.random_steps, int(state.step)
-    learned = compiled_step(run, run.generator, optimizer, state)
-    if first >= until:
-        return lambda number, *inputs: learned(*inputs)
-    random = compiled_step(run, run.generator.at_random(), optimizer, state)
-    return lambda number, *inputs: (random if number <= until else learned)(*inputs)
-
-
-def compiled_step(
-    run: Run, generator: Generator, optimizer: optax.GradientTransformation, state: TrainState
-) -> jax.stages.Compiled:
-    """The training step, compiled for this state and the config's batch; takes no other shape."""
-    config, started = run.config, time.perf_counter()
-    objective = objective_for(
-        run,
-        config.objective.name,
-        config.objective.mask_samples,
-        temperature=config.objective.temperature,
-        uniform_share=config.objective.uniform_share,
-        blank_share=config.objective.blank_share,
-        order_share=config.objective.order_share,
-    )
-    copies = meshes.replicated(run.mesh)
-    step = jax.jit(
-        make_train_step(generator, objective, optimizer, config),
-        in_shardings=(copies, meshes.over_batch(run.mesh), copies),
-        out_shardings=copies,
-        donate_argnums=0,
-    )
-    rows = np.zeros((config.train.batch_size, config.data.length), np.int32)
-    batch = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), pipeline.as_batch(run.prepared, rows)
-    )
-    compiled = step.lower(state, batch, jax.random.key(0)).compile()
-    print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
-    return compiled
-
-
-def _initial(
-    run: Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
-) -> tuple[TrainState, Batches]:
-    """The state and the data iterator: fresh, or those of the newest checkpoint."""
-    config = run.config
-    batches = pipeline.train_batches(
-        run.prepared, config.train.batch_size, config.train.seed, mixture=run.mixture
-    )
-    restored = _newest(run, optimizer, checkpoints)
-    if restored is None:
-        state = fresh(run, optimizer)(jax.random.key(config.train.seed))
-        return _from_another(run, state) if config.train.start_from else state, batches
-    batches.set_state(restored.data)
-    print(f"continuing from step {int(restored.state.step)} of {checkpoints.folder}", flush=True)
-    return restored.state, batches
-
-
-def _newest(
-    run: Run, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
-) -> Restored | None:
-    """The newest checkpoint that can be read, None if there is none; damaged ones are set aside.
-
-    Raises:
-      UserError: it is of another run, or all are damaged.
-    """
-    damaged: list[pathlib.Path] = []
-    while (step := checkpoints.latest()) is not None:
-        try:
-            return _restore(run, optimizer, checkpoints, step, resume=True)
-        except (UserError, MemoryError, jax.errors.JaxRuntimeError):
-            raise  # nothing is wrong with the files
-        except Exception as error:  # what a damaged file gives is as various as the files
-            damaged.append(checkpoints.set_aside(step))
-            reason = f"{error}".splitlines()[0][:200]
-            print(f"the checkpoint of step {step} is damaged ({reason})", file=sys.stderr)
-            print(f"it is set aside in {damaged[-1]}", file=sys.stderr, flush=True)
-    if damaged:
-        raise UserError(
-            f"All {len(damaged)} checkpoints of {checkpoints.folder} are damaged and set aside in "
-            f"{damaged[-1].parent}. Mend one and move it back, or run the same command again to "
-            "train anew."
-        )
-    return None
-
-
-def _from_another(run: Run, state: TrainState) -> TrainState:
-    """The state with the EMA parameters of the run that `train.start_from` names; of the heads,
-    those that it has in the same shape.
-
-    Raises:
-      UserError: that run has no checkpoint, or another backbone.
-    """
-    folder = pathlib.Path(run.config.train.start_from)
-    checkpoints = Checkpoints(folder / "checkpoints", run.config.checkpoint.keep, create=False)
-    step, everywhere = checkpoints.find("latest"), meshes.replicated(run.mesh)
-    found = checkpoints.parameters(step, everywhere)
-    checkpoints.close()
-    names, fresh_names = by_name(state.params), []
-    for name, a in names.items():
-        same = name in found and found[name].shape == a.shape
-        if not same and name.startswith("backbone/"):
-            other = f"the shape {found[name].shape}" if name in found else "none"
-            raise UserError(
-                f"config.train.start_from is {str(folder)!r}, which has {other} for {name}, but "
-                f"this run needs {a.shape}: use the same model and tokenizer."
-            )
-        if not same:
-            fresh_names.append(name)
-    taken = [a if name in fresh_names else found[name] for name, a in names.items()]
-    fresh = ", ".join(fresh_names) or "nothing"
-    print(f"starting from step {step} of {folder}; fresh: {fresh}", flush=True)
-    params = jax.tree.unflatten(jax.tree.structure(state.params), taken)
-    return state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params))
-
-
-def fresh(run: Run, optimizer: optax.GradientTransformation) -> Callable[[jax.Array], TrainState]:
-    """A jitted function from a key to the state before the first step."""
-    params = _parameters(run)
-    return jax.jit(
-        lambda key: init_state(params(key), optimizer), out_shardings=meshes.replicated(run.mesh)
-    )
-
-
-def _parameters(run: Run) -> Callable[[jax.Array], Any]:
-    """From a key to parameters before the first step."""
-    rows = run.prepared.tokenizer.rows
-    return lambda key: init_params(run.config, rows, key)
-
-
-def _restore(
-    run: Run,
-    optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
-    step: int,
-    *,
-    resume: bool,
-) -> Restored:
-    """The checkpoint of `step`, after making sure that it belongs to this config and data."""
-    current = facts(run.config, run.prepared, run.mixture)
-    check_facts(checkpoints.facts(step), current, resume=resume)
-    abstract = jax.eval_shape(fresh(run, optimizer), jax.random.key(0))
-    return checkpoints.restore(step, abstract, meshes.replicated(run.mesh))
-
-
-def saved_state(run: Run) -> TrainState:
-    """The state of the checkpoint that `checkpoint.restore` names."""
-    checkpoints = Checkpoints(run.workdir / "checkpoints", run.config.checkpoint.keep, create=False)
-    step = checkpoints.find(str(run.config.checkpoint.restore))
-    optimizer = make_optimizer(run.config.optimizer)
-    restored = _restore(run, optimizer, checkpoints, step, resume=False)
-    checkpoints.close()
-    print(f"parameters: EMA at step {step} of {checkpoints.folder}", flush=True)
-    return restored.state
-
-
 def _generate(run: Run, params: Any) -> Samples:
     """`sample.count` sequences around the prompt and the suffix, on the host."""
     tokens_BL, given_BL = _given(run)
-    key = run.replicate(jax.random.key(run.config.sample.seed))
-    sampler = jax.jit(make_sampler(run.config.sample, run.generator))
+    key = run.key(run.config.sample.seed)
+    sampler = run.jit(make_sampler(run.config.sample, run.generator))
     return jax.device_get(sampler(params, key, run.place(tokens_BL), run.place(given_BL)))
 
 

@@ -1,10 +1,13 @@
 """The command line: python -m lomdm_jax.main --config configs/x.py --job train"""
 
+import contextlib
 import difflib
+import os
 import pathlib
 import runpy
 import sys
 import textwrap
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -17,7 +20,9 @@ HELP = """\
 lomdm_jax: masked text diffusion with the generation order under control.
 
 usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--data PRESET] [--job JOB]
-                                [--workdir DIR] [--config.SECTION.KEY=VALUE ...]
+                                [--workdir DIR] [--resume auto|never|STEP]
+                                [--topology NAME] [--distributed HOW]
+                                [--config.SECTION.KEY=VALUE ...]
 
 jobs
   prepare    tokenise the data into a folder and say what it holds; the others do so if need be
@@ -25,6 +30,13 @@ jobs
              evaluate, sample, and draw the order; the default
   evaluate   both likelihood bounds of a checkpoint on the validation set, and what its order is
   sample     text from a checkpoint, and the order in which it was generated
+  compile    whether the training step fits, and how fast it should be, on the devices that are
+             here or on a TPU slice that is not: --topology v5e:4x4. Needs no data
+
+--resume       auto: train from the newest checkpoint in the workdir, if any; never: refuse one that
+               has any; STEP: go back to that one
+--distributed  how several processes find each other. auto: as Slurm, GKE or Open MPI tells; on:
+               also on a Cloud TPU slice; off; or ADDRESS:PORT,PROCESSES,INDEX
 
 data presets, as the papers have them (lomdm_jax/data/presets.py)
   {presets}
@@ -58,7 +70,19 @@ The workdir is runs/<config>[-<order>] unless given. It holds config.json, train
 TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png, samples.jsonl,
 order.html and order.png.
 """
-JOBS = ("prepare", "train", "evaluate", "sample")
+JOBS = ("prepare", "train", "evaluate", "sample", "compile")
+OPTIONS = ("config", "data", "job", "workdir", "resume", "topology", "distributed")
+
+
+class Command(NamedTuple):
+    """A command line: the validated config, the job, the run's folder, and the other options."""
+
+    config: ConfigDict
+    job: str
+    workdir: pathlib.Path
+    resume: str = "auto"
+    topology: str = ""
+    distributed: str = "auto"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP.format(presets=textwrap.fill(", ".join(PRESETS), 88, subsequent_indent="  ")))
         return 0
     try:
-        return _run(*parse(argv))
+        return _run(parse(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
-    """The resolved and validated config, the job, and the run's folder.
+def parse(argv: list[str]) -> Command:
+    """What the command line asks for, checked as far as it can be without data and devices.
 
     Raises:
       UserError: for an unknown option, key or job, a missing file or a bad value.
@@ -97,8 +121,15 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, pathlib.Path]:
     for key, text in overrides:
         override(config, key, text)
     validate(config)
+    resume = options.get("resume", "auto")
+    if resume not in ("auto", "never") and not resume.isdigit():
+        raise UserError(f"--resume is {resume!r}: use auto, never or the step of a checkpoint.")
+    if "topology" in options and job != "compile":
+        raise UserError(f"--topology is for --job compile, not {job}.")
     name = "-".join(filter(None, [pathlib.Path(path).stem, argument.replace(":", "-")]))
-    return config, job, pathlib.Path(options.get("workdir", pathlib.Path("runs", name)))
+    workdir = pathlib.Path(options.get("workdir", pathlib.Path("runs", name)))
+    others = {name: options[name] for name in ("topology", "distributed") if name in options}
+    return Command(config, job, workdir, resume, **others)
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -114,12 +145,12 @@ def _split(argv: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
             value = rest.pop(0)
         if name.startswith("--config."):
             overrides.append((name.removeprefix("--config."), value))
-        elif name in ("--config", "--data", "--job", "--workdir"):
+        elif name.startswith("--") and name[2:] in OPTIONS:
             options[name[2:]] = value
         else:
+            known = ", ".join(f"--{option}" for option in OPTIONS)
             raise UserError(
-                f"{name} is not an option: use --config, --data, --job, --workdir or "
-                "--config.SECTION.KEY; see --help."
+                f"{name} is not an option: use {known} or --config.SECTION.KEY; see --help."
             )
     return options, overrides
 
@@ -166,9 +197,10 @@ def _convert(key: str, text: str, default: bool | int | float | str) -> bool | i
         raise UserError(f"--config.{key} is {text!r}, but it must be {expected}.") from None
 
 
-def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> int:
-    print(f"{job} in {workdir} with\n{config}", flush=True)
-    if job == "prepare":
+def _run(command: Command) -> int:
+    config, workdir = command.config, command.workdir
+    if command.job == "prepare":
+        print(f"prepare with\n{config}", flush=True)
         prepared = prepare(config.data)
         for split, entry in prepared.manifest["splits"].items():
             print(describe(split, entry))
@@ -176,21 +208,46 @@ def _run(config: ConfigDict, job: str, workdir: pathlib.Path) -> int:
         return 0
     # JAX starts only once the command line is known to be sound.
     from lomdm_jax import jobs
+    from lomdm_jax.distributed import multihost
+
+    if command.job == "compile":
+        jobs.compile(config, workdir, command.topology)
+        return 0
+    multihost.initialise(command.distributed)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not multihost.leads():  # what all do is said once; errors are said by all
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            print(f"{command.job} in {workdir} with\n{config}", flush=True)
+            status = _on_devices(command)
+            multihost.wait_for_all("end")  # however long process 0 draws
+            return status
+    except (Exception, KeyboardInterrupt) as error:
+        multihost.abandon(error)
+        raise
+
+
+def _on_devices(command: Command) -> int:
+    import jax
+
+    from lomdm_jax import jobs
     from lomdm_jax.run import start
     from lomdm_jax.training.loop import Terminated
 
-    run = start(config, workdir)
-    if job != "train":
-        {"evaluate": jobs.evaluate, "sample": jobs.sample}[job](run)
+    run = start(command.config, command.workdir)
+    with jax.set_mesh(run.mesh):
+        if command.job != "train":
+            {"evaluate": jobs.evaluate, "sample": jobs.sample}[command.job](run)
+            return 0
+        try:
+            params = jobs.train(run, command.resume)
+        except Terminated as end:
+            print(f"{end}, which is saved; the same command continues there", file=sys.stderr)
+            return 143
+        jobs.describe_order(run, params)
+        jobs.write_samples(run, params)
         return 0
-    try:
-        params = jobs.train(run)
-    except Terminated as end:
-        print(f"{end}, which is saved; the same command continues there", file=sys.stderr)
-        return 143
-    jobs.describe_order(run, params)
-    jobs.write_samples(run, params)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What every job and every measurement starts from: a config with its data, model and devices."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +11,26 @@ from ml_collections import ConfigDict
 from lomdm_jax.data import pipeline
 from lomdm_jax.data.prepare import Prepared, prepare
 from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.distributed import multihost
 from lomdm_jax.generator import Generator, make_generator
 from lomdm_jax.objectives import Objective, make_objective
 from lomdm_jax.objectives.nelbo import targets_of
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class Plan(NamedTuple):
+    """What a training step depends on: all but the data itself.
+
+    batch: the shapes of a training batch, over all processes.
+    rows: of the token table, the mask token included.
+    """
+
+    config: ConfigDict
+    generator: Generator
+    mesh: Mesh
+    batch: Shapes
+    rows: int
 
 
 class Run(NamedTuple):
@@ -26,30 +43,59 @@ class Run(NamedTuple):
     generator: Generator
     mesh: Mesh
 
+    @property
+    def batch(self) -> Shapes:
+        """See `Plan`."""
+        return pipeline.shapes(self.prepared, self.config.train.batch_size, self.prepared.length)
+
+    @property
+    def rows(self) -> int:
+        """See `Plan`."""
+        return self.prepared.tokenizer.rows
+
     def place(self, tree: Any) -> Any:
-        """Split arrays over the devices along their first axis."""
-        return jax.device_put(tree, meshes.over_batch(self.mesh))
+        """Host arrays, the same on every process, split over the devices along their first axis."""
+        return meshes.place(meshes.over_batch(self.mesh), tree)
+
+    def place_rows(self, batch: pipeline.Batch) -> Any:
+        """The rows of a training batch that this process has, joined to those of the others."""
+        total = self.config.train.batch_size
+        return meshes.place_rows(self.mesh, batch, meshes.own_rows(self.mesh, total), total)
 
     def replicate(self, tree: Any) -> Any:
-        """A copy of each array on every device."""
-        return jax.device_put(tree, meshes.replicated(self.mesh))
+        """A copy of each host array on every device."""
+        return meshes.place(meshes.replicated(self.mesh), tree)
+
+    def key(self, seed: int) -> jax.Array:
+        """A PRNG key on every device."""
+        return jax.jit(lambda: jax.random.key(seed), out_shardings=meshes.replicated(self.mesh))()
+
+    def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """jax.jit with results that every process can read."""
+        return jax.jit(function, out_shardings=meshes.replicated(self.mesh))
 
 
 def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
     """Check the machine, prepare the data and shape the model."""
-    mesh = meshes.make_mesh(config.mesh.data)
-    meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)
-    meshes.check_divides(mesh, "sample.count", config.sample.count)
-    rows = config.train.batch_size // config.train.micro_batches
-    meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
-    prepared = prepare(config.data)
+    mesh = checked_mesh(config)
+    prepared = multihost.in_turn(lambda: prepare(config.data))
     mixture = pipeline.open_mixture(config.data.mixture)
     tokenizer = prepared.tokenizer
     generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
     return Run(config, workdir, prepared, mixture, generator, mesh)
 
 
-def objective_for(run: Run, name: str, samples: int, **training: float) -> Objective:
+def checked_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh of the config, whose batches it can split; devices: None for those present."""
+    mesh = meshes.make_mesh(**config.mesh, devices=devices)
+    meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)
+    meshes.check_divides(mesh, "sample.count", config.sample.count)
+    rows = config.train.batch_size // config.train.micro_batches
+    meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
+    return mesh
+
+
+def objective_for(run: Run | Plan, name: str, samples: int, **training: float) -> Objective:
     """The estimator called `name` with `samples` draws, for this run's mask token and layout;
     training: see `make_objective`, what makes the estimate another than the bound."""
     return make_objective(

@@ -15,14 +15,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lomdm_jax import jobs
 from lomdm_jax.data.prepare import prepare
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import walk_choice
 from lomdm_jax.main import main, parse
 from lomdm_jax.objectives.nelbo import Terms
 from lomdm_jax.orders.learned import TRIALS
+from lomdm_jax.training import checkpoint, compiled
 from lomdm_jax.training.loop import Loop
+from lomdm_jax.training.metrics import MEASURED
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = """
@@ -64,13 +65,13 @@ def rows(path):
 
 def test_train_evaluates_samples_and_draws(arguments, trained, monkeypatch, capsys):
     traces = []
-    original = jobs.make_train_step
+    original = compiled.make_train_step
 
     def counted(*args):
         step = original(*args)
         return lambda *inputs: (traces.append(1), step(*inputs))[1]
 
-    monkeypatch.setattr(jobs, "make_train_step", counted)
+    monkeypatch.setattr(compiled, "make_train_step", counted)
     assert main(arguments(trained)) == 0
     assert len(traces) == 1, "the step must be traced once over a whole run"
     names = {path.name for path in trained.iterdir()}
@@ -171,8 +172,8 @@ def test_a_preset_sets_the_data_and_is_overruled(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     command = ["--config=configs/quickstart.py", "--data=zero-shot-ptb", "--config.data.length=64"]
     with pytest.raises(UserError, match=r"data.tokenizer 'hf:nowhere'"):
-        prepare(parse([*command, "--config.data.tokenizer=hf:nowhere"])[0].data)
-    config = parse(command)[0]
+        prepare(parse([*command, "--config.data.tokenizer=hf:nowhere"]).config.data)
+    config = parse(command).config
     assert config.data.detokenizer == "ptb" and config.data.length == 64
     assert "'zero-shot-pbt'" in refused([*command[:1], "--data=zero-shot-pbt"], capsys)
 
@@ -312,6 +313,55 @@ def test_nothing_is_trained_anew_while_all_checkpoints_are_damaged(
     assert f"All {len(folders)} checkpoints of" in message and "damaged_checkpoints" in message
 
 
+def test_a_run_goes_back_to_an_older_checkpoint(arguments, trained, tmp_path, capsys):
+    """The later one is kept aside, and made again with the same bits."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert main([*arguments(tmp_path), "--resume=30"]) == 0
+    assert "continuing from step 30" in capsys.readouterr().out
+    same_end(trained, tmp_path)
+    aside = tmp_path / "superseded_checkpoints" / "40" / "state"
+    with ocp.StandardCheckpointer() as reader:
+        states = [reader.restore(folder) for folder in (aside, trained / "checkpoints/40/state")]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_what_cannot_be_resumed_as_asked_is_refused(arguments, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    message = refused([*arguments(tmp_path), "--resume=never"], capsys)
+    assert "--resume is never" in message and "30, 40]" in message
+    assert "No checkpoint '7'" in refused([*arguments(tmp_path), "--resume=7"], capsys)
+    (tmp_path / "checkpoints" / "30" / "data" / "metadata").unlink()
+    message = refused([*arguments(tmp_path), "--resume=30"], capsys)
+    assert "The checkpoint of step 30 is damaged" in message and "--resume=auto" in message
+    assert not (tmp_path / "superseded_checkpoints").exists(), "nothing was moved"
+    restore = [*arguments(tmp_path, "checkpoint.restore=30"), "--job=sample"]
+    assert "The checkpoint of step 30 in" in refused(restore, capsys)
+
+
+FULL_DISK = """
+import resource, sys
+from lomdm_jax.main import main
+from lomdm_jax.training.checkpoint import Checkpoints
+save = Checkpoints.save
+def limited(self, state, *args):
+    if int(state.step) == 20:  # no file may grow beyond this: what writes gets an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+    save(self, state, *args)
+Checkpoints.save = limited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run(arguments, trained, tmp_path):
+    command = [sys.executable, "-c", FULL_DISK, *arguments(tmp_path)]
+    failed = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert failed.returncode == 2, failed.stderr
+    for word in ("could not be written", "Step 10 is intact", "run the same command again"):
+        assert word in failed.stderr, failed.stderr
+    assert main(arguments(tmp_path)) == 0
+    same_end(trained, tmp_path)
+
+
 def same_end(one, other):
     """The same state after the last step, bit for bit, and the same metrics."""
     ours, theirs = (restore(folder / "checkpoints") for folder in (one, other))
@@ -328,7 +378,7 @@ def restore(folder, step=40):
 
 
 def strip(table):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in table]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in table]
 
 
 def test_the_noise_range_is_part_of_a_run_that_continues_bit_for_bit(
@@ -344,7 +394,9 @@ def test_the_noise_range_is_part_of_a_run_that_continues_bit_for_bit(
     clip = "objective.clip_noise=true"
     assert main(command("plain")) == main(command("whole", clip)) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(jobs.Checkpoints, "save", stopping_after(6, jobs.Checkpoints.save))
+        patch.setattr(
+            checkpoint.Checkpoints, "save", stopping_after(6, checkpoint.Checkpoints.save)
+        )
         assert main(command("stopped", clip)) == 130
     assert main(command("stopped", clip)) == 0
     whole, stopped = (restore(tmp_path / name / "checkpoints", 8) for name in ("whole", "stopped"))
@@ -467,6 +519,11 @@ def test_bad_command_lines_are_refused(arguments, tmp_path, capsys):
     assert "--config is missing" in refused(["--job", "train"], capsys)
     assert "--job is 'fly'" in refused([*arguments(tmp_path), "--job", "fly"], capsys)
     assert "'loose'" in refused([*arguments(tmp_path), "loose"], capsys)
+    assert "--resume is 'newest'" in refused([*arguments(tmp_path), "--resume=newest"], capsys)
+    assert "--topology is for" in refused([*arguments(tmp_path), "--topology=v5e:2x2"], capsys)
+    for how in ("always", "host:1,2,2", "host,2,0", ":1,2,0"):
+        message = refused([*arguments(tmp_path), f"--distributed={how}"], capsys)
+        assert f"--distributed is {how!r}" in message and "10.0.0.1:1234,2,0" in message
     assert "--job needs a value" in refused([*arguments(tmp_path), "--job"], capsys)
     assert "'zigzag'" in refused(arguments(tmp_path, config="configs/quickstart.py:zigzag"), capsys)
     assert main(["--help"]) == 0 and "usage:" in capsys.readouterr().out
@@ -474,7 +531,9 @@ def test_bad_command_lines_are_refused(arguments, tmp_path, capsys):
 
 def test_workdir_and_order_follow_the_config_argument(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config, job, workdir = parse(["--config=configs/quickstart.py:mdm", "--config.train.steps=7"])
+    config, job, workdir, *_ = parse(
+        ["--config=configs/quickstart.py:mdm", "--config.train.steps=7"]
+    )
     assert config.order.name == "mdm" and config.train.steps == 7
     assert job == "train" and workdir == pathlib.Path("runs/quickstart-mdm")
 
@@ -495,11 +554,11 @@ def test_a_checkpoint_that_lacks_a_key_is_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     tokenizer = types.SimpleNamespace(vocab_size=400, fingerprint="a")
     prepared = types.SimpleNamespace(tokenizer=tokenizer, manifest={"splits": {}})
-    current = jobs.facts(parse(["--config=configs/quickstart.py"])[0], prepared)
+    current = checkpoint.facts(parse(["--config=configs/quickstart.py"]).config, prepared)
     older = {key: value for key, value in current.items() if key != "objective.clip_noise"}
-    jobs.check_facts(current, current, resume=True)
+    checkpoint.check_facts(current, current, resume=True)
     with pytest.raises(UserError, match=r"objective.clip_noise = None, but this run has False"):
-        jobs.check_facts(older, current, resume=True)
+        checkpoint.check_facts(older, current, resume=True)
 
 
 def test_a_time_grid_is_refused_for_orders_with_groups(arguments, tmp_path, capsys):
@@ -644,7 +703,7 @@ def test_a_prompt_that_does_not_fit_is_refused(arguments, trained, capsys):
 
 def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys, monkeypatch):
     """Step 13 has a NaN gradient: the run stops there, and step 10 is the last one saved."""
-    original = jobs.make_train_step
+    original = compiled.make_train_step
 
     def broken(*args):
         step = original(*args)
@@ -656,7 +715,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(arguments, tmp_path, capsys, mo
 
         return call
 
-    monkeypatch.setattr(jobs, "make_train_step", broken)
+    monkeypatch.setattr(compiled, "make_train_step", broken)
     message = refused(arguments(tmp_path), capsys)
     for word in ("step 13", "not finite", "main nan", "step 10 is saved", "learning_rate"):
         assert word in message, message

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
@@ -109,33 +110,45 @@ def open_mixture(text: str) -> Mixture:
     return mixture
 
 
+class _Share:
+    """Of an endless stream of rows, cut into batches of `total`, those at the places `own`."""
+
+    def __init__(self, rows: grain.MapDataset, total: int, own: np.ndarray) -> None:
+        self._rows, self._total, self._own = rows, total, own.tolist()
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._total * len(self._own)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        batch, place = divmod(index, len(self._own))
+        return self._rows[batch * self._total + self._own[place]]
+
+
 def train_batches(
     prepared: Prepared,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    own: np.ndarray | None = None,
     mixture: Mixture = (),
 ) -> grain.DatasetIterator[Batch]:
     """Returns endless training batches, a pure function of (seed, index of the batch).
 
     Every epoch visits every block once, in an order of its own; a batch may span two epochs. With
-    several processes each holds its rows of the global batch: joined in process order they are the
-    batch one process alone would get. The iterator's get_state() is a small JSON-able dict that
-    is the same on every process, however many there are; set_state() on a fresh iterator, of any
-    number of processes, goes on exactly there.
+    several processes each holds some rows of the global batch, which is the one that a process
+    alone would get. The iterator's get_state() is a small JSON-able dict that is the same on every
+    process, however many there are; set_state() on a fresh iterator, of any number of processes,
+    goes on exactly there.
 
     Args:
         prepared: the corpus; its train split is read.
         batch_size: rows of the global batch, B.
         seed: of the shuffle, 0 <= seed < 2**32.
-        process_index: which process this is.
-        process_count: how many processes share each batch; must divide batch_size.
+        own: which of them to give, int [R] (see `mesh.own_rows`); None for all.
         mixture: further corpora and their weights, the first one's being 1. Rows are dealt from
             all of them in fixed proportion, each with epochs of its own.
 
     Returns:
-        An iterator of batches of B / process_count rows.
+        An iterator of batches of R rows.
 
     Raises:
         UserError: batch_size does not fit, or a corpus of the mixture has another tokenizer,
@@ -143,10 +156,10 @@ def train_batches(
     """
     blocks = [_Blocks(corpus, "train") for corpus, _ in ((prepared, 1.0), *mixture)]
     most = sum(map(len, blocks))
-    if not 1 <= batch_size <= most or batch_size % process_count:
+    if not 1 <= batch_size <= most:
         raise UserError(
-            f"The batch size is {batch_size}; it must be from 1 to {most} (the training "
-            f"blocks in {prepared.folder}) and a multiple of the {process_count} process(es)."
+            f"The batch size is {batch_size}; it must be from 1 to {most}, the training blocks in "
+            f"{prepared.folder}."
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"The data seed is {seed}; it must be from 0 to {2**32 - 1}.")
@@ -155,12 +168,12 @@ def train_batches(
     shuffled = [grain.MapDataset.source(b).seed(seed).shuffle().repeat() for b in blocks]
     weights = [1.0, *(weight for _, weight in mixture)]
     rows = grain.MapDataset.mix(shuffled, weights) if mixture else shuffled[0]
-    # Small batches dealt to the processes in turn: global batch i is small batches
-    # i * process_count .. (i + 1) * process_count - 1. There is no remainder in an endless stream;
-    # drop_remainder has Grain count batches in whole numbers, where rounding up overflows.
-    small = rows.batch(batch_size // process_count, drop_remainder=True)
-    shares = small[process_index::process_count]
-    return iter(shares.map(lambda a: as_batch(prepared, a)).to_iter_dataset(_READ_OPTIONS))
+    own = np.arange(batch_size) if own is None else own
+    share = grain.MapDataset.source(_Share(rows, batch_size, own))
+    # There is no remainder in an endless stream; drop_remainder has Grain count batches in whole
+    # numbers, where rounding up overflows.
+    batches = share.batch(len(own), drop_remainder=True)
+    return iter(batches.map(lambda a: as_batch(prepared, a)).to_iter_dataset(_READ_OPTIONS))
 
 
 def _check_alike(first: Prepared, other: Prepared) -> None:
@@ -190,6 +203,19 @@ def as_batch(prepared: Prepared, tokens_BL: np.ndarray) -> Batch:
     if prepared.packing == "documents":
         batch["segments"] = segments(tokens_BL, prepared.tokenizer.eos_id)
     return batch
+
+
+def shapes(data: Any, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch.
+
+    data: what has `packing` and `count_pads`: a corpus, or the config section `data`.
+    """
+    kinds = {"tokens": np.int32, "counted": np.bool_}
+    if data.packing == "padded" and not data.count_pads:
+        kinds["padding"] = np.bool_
+    if data.packing == "documents":
+        kinds["segments"] = np.int32
+    return {name: jax.ShapeDtypeStruct((rows, length), kind) for name, kind in kinds.items()}
 
 
 def valid_batches(prepared: Prepared, batch_size: int, limit: int = 0) -> Iterator[Batch]:

@@ -1,30 +1,57 @@
-"""The devices a run uses, as one mesh."""
+"""The devices a run uses, as one mesh, and which of them holds what of an array.
+
+The axes: "data", copies of the model that share each batch; "fsdp", devices that share a batch and
+the parameters, optimizer state and EMA as well; "tensor", devices that share the work on each
+sequence. The first two split the batch. How parameters are split is in `partition`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lomdm_jax.errors import UserError
+from lomdm_jax.models.placement import BATCH
+
+AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(data: int) -> Mesh:
-    """A mesh with the one axis "data", over the first `data` devices (-1: all).
+def make_mesh(
+    data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with these axes, over the first devices; `data` may be -1, for all that are left.
+
+    devices: None for those that are present.
 
     Raises:
-      UserError: if there are fewer devices.
+      UserError: if there are fewer devices, or processes that would have none.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
-    if count > len(devices):
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = (data if data != -1 else len(devices) // (fsdp * tensor), fsdp, tensor)
+    count = math.prod(sizes)
+    asked = " x ".join(str(size) for size in (data, fsdp, tensor))
+    if not 0 < count <= len(devices):
         raise UserError(
-            f"config.mesh.data is {data}, but this machine has {len(devices)} "
-            f"{devices[0].platform} device(s): use that many at most, or -1 for all."
+            f"config.mesh asks for data x fsdp x tensor = {asked} devices, but there are "
+            f"{len(devices)} {devices[0].platform} device(s): use that many at most, or "
+            "config.mesh.data=-1 for all that fsdp and tensor leave."
         )
-    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"config.mesh asks for data x fsdp x tensor = {asked}, which is {count} of the "
+            f"{len(devices)} devices of {jax.process_count()} processes: with several processes "
+            "use all of them."
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, kinds, devices=devices[:count])
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The sharding of arrays whose first axis is the global batch."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -32,10 +59,40 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place(sharding: NamedSharding, tree: Any) -> Any:
+    """Host arrays, the same on every process, as arrays on the devices."""
+
+    def put(a: np.ndarray) -> jax.Array:
+        a = np.asarray(a)
+        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+    return jax.tree.map(put, tree)
+
+
+def own_rows(mesh: Mesh, total: int) -> np.ndarray:
+    """Which rows of a global batch of `total` the devices of this process hold, in order."""
+    held = over_batch(mesh).addressable_devices_indices_map((total,)).values()
+    return np.unique(np.concatenate([np.arange(total)[index] for index in held if index]))
+
+
+def place_rows(mesh: Mesh, tree: Any, rows: np.ndarray, total: int) -> Any:
+    """Host arrays with the rows `rows` of a global batch of `total`, as arrays on the devices."""
+
+    def put(a: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            return a[np.searchsorted(rows, np.arange(total)[index[0]])]
+
+        return jax.make_array_from_callback((total, *a.shape[1:]), over_batch(mesh), part)
+
+    return jax.tree.map(put, tree)
+
+
 def check_divides(mesh: Mesh, key: str, rows: int) -> None:
     """Raise UserError unless `rows` (the value of config `key`) splits evenly over the mesh."""
-    if rows % mesh.size:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % parts:
         raise UserError(
             f"config.{key} gives {rows} sequences at a time, which does not split evenly over "
-            f"{mesh.size} devices: use a multiple of {mesh.size}, or lower config.mesh.data."
+            f"{parts} devices (config.mesh: data x fsdp): use a multiple of {parts}, or a smaller "
+            "mesh."
         )

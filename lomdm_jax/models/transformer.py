@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lomdm_jax.models.placement import BATCH, TENSOR, constrain
 from lomdm_jax.models.visibility import Memory, View
+
+# What a block keeps for its gradient; the rest is computed again.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with parameters
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input only
+}
 
 # torch.nn.Linear's default: uniform within 1 / sqrt(fan_in).
 _torch_linear = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -82,6 +90,7 @@ class Sizes(NamedTuple):
     layers, heads, cond_dim: numbers of blocks and heads, size of the conditioning vector.
     dropout: rate inside the blocks, used only when keys are passed.
     dtype: compute dtype; parameters are float32.
+    remat: what blocks keep for the gradient, one of REMAT; "none" recomputes nothing.
     """
 
     vocab_size: int
@@ -91,6 +100,7 @@ class Sizes(NamedTuple):
     cond_dim: int
     dropout: float
     dtype: jnp.dtype
+    remat: str = "none"
 
 
 class TimestepEmbedder(nnx.Module):
@@ -119,7 +129,7 @@ class Block(nnx.Module):
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
-        self.heads, self.dropout = sizes.heads, sizes.dropout
+        self.heads, self.dropout, self.remat = sizes.heads, sizes.dropout, sizes.remat
         self.norm1 = layer_norm(width, rngs)
         self.attn_qkv = linear(width, 3 * width, use_bias=False, rngs=rngs, dtype=dtype)
         self.attn_out = linear(width, width, use_bias=False, rngs=rngs, dtype=dtype)
@@ -141,23 +151,49 @@ class Block(nnx.Module):
         salt: int = 0,
         memory: Any = None,
     ) -> tuple[jax.Array, Any]:
+        if self.remat == "none":
+            return self._mix(x_BLD, cond_BD, view, dropout_keys_B, salt, memory)
+        mix = jax.checkpoint(
+            lambda x, cond, keys: self._mix(x, cond, view, keys, salt, memory),
+            policy=REMAT[self.remat],
+        )
+        return mix(x_BLD, cond_BD, dropout_keys_B)
+
+    def _mix(
+        self,
+        x_BLD: jax.Array,
+        cond_BD: jax.Array,
+        view: View,
+        dropout_keys_B: jax.Array | None,
+        salt: int,
+        memory: Any,
+    ) -> tuple[jax.Array, Any]:
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             self.adaLN_modulation(cond_BD), 6, axis=-1
         )
         h_BLD, memory = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), view, memory)
         x_BLD = x_BLD + gate1[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt)
         h_BLD = self.mlp["0"](_modulate(self.norm2(x_BLD), shift2, scale2))
+        h_BLD = constrain(h_BLD, BATCH, None, TENSOR)
         h_BLD = self.mlp["2"](jax.nn.gelu(h_BLD, approximate=True))
         h_BLD = dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
-        return x_BLD + gate2[:, None] * h_BLD, memory
+        return constrain(x_BLD + gate2[:, None] * h_BLD, BATCH, None, None), memory
 
     def _attend(self, x_BLD: jax.Array, view: View, memory: Any) -> tuple[jax.Array, Any]:
         batch, length, width = x_BLD.shape
-        qkv = self.attn_qkv(x_BLD).reshape(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        query, key, value = self._heads(x_BLD)
         query, key = (rotary(a, view.positions) for a in (query, key))
         mixed_BLHD, memory = view.attend(query, key, value, memory)
         return self.attn_out(mixed_BLHD.reshape(batch, length, width)), memory
+
+    def _heads(self, x_BLD: jax.Array) -> Sequence[jax.Array]:
+        """Queries, keys and values, [B, L, H, D / H] each."""
+        # It is the kernel that is regrouped over the devices, which is smaller than its product.
+        kernel = self.attn_qkv.kernel[...].astype(self.attn_qkv.dtype)
+        kernel = kernel.reshape(len(kernel), 3, self.heads, -1)
+        kernel = constrain(kernel, None, None, TENSOR, None)
+        qkv = jnp.einsum("bld,dnhe->nblhe", x_BLD.astype(kernel.dtype), kernel)
+        return [constrain(a_BLHD, BATCH, None, TENSOR, None) for a_BLHD in qkv]
 
 
 class Embedding(nnx.Module):
@@ -170,7 +206,8 @@ class Embedding(nnx.Module):
         )
 
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
-        return jnp.take(self.embedding[...], tokens_BL, axis=0)
+        table = constrain(self.embedding[...], None, None)
+        return constrain(jnp.take(table, tokens_BL, axis=0), BATCH, None, None)
 
 
 class OutputLayer(nnx.Module):
@@ -190,7 +227,7 @@ class OutputLayer(nnx.Module):
         kernel = self.linear.kernel[...].astype(self.dtype)
         logits_BLV = jnp.matmul(h_BLD, kernel, preferred_element_type=jnp.float32)
         assert self.linear.bias is not None
-        return logits_BLV + self.linear.bias[...]
+        return constrain(logits_BLV, BATCH, None, TENSOR) + self.linear.bias[...]
 
 
 class Transformer(nnx.Module):

@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from lomdm_jax.data import pipeline
@@ -28,8 +27,8 @@ def make_adapter(run: Run) -> Callable[[TrainState], TrainState]:
 def _range_search(run: Run) -> Callable[[TrainState], TrainState]:
     """Reads validation sequences; see `evaluation.noise_range`."""
     config = run.config.eval
-    spread = jax.jit(noise_range.make_spread(run.generator))
-    key = run.replicate(jax.random.key(config.seed))
+    spread = run.jit(noise_range.make_spread(run.generator))
+    key = run.key(config.seed)
     limit = min(config.sequences or noise_range.SEQUENCES, noise_range.SEQUENCES)
 
     def adapt(state: TrainState) -> TrainState:
@@ -46,8 +45,8 @@ def _walk_choice(run: Run) -> Callable[[TrainState], TrainState]:
     config, length = run.config, run.config.data.length
     objective = objective_for(run, "order", samples=1)
     # As many draws as positions: stratified, so that every number of masks comes once.
-    scorer = jax.jit(likelihood.make_scorer(run.generator, objective, draws=length))
-    key = run.replicate(jax.random.key(config.eval.seed))
+    scorer = run.jit(likelihood.make_scorer(run.generator, objective, draws=length))
+    key = run.key(config.eval.seed)
 
     def nats(params: Any, table: np.ndarray) -> np.ndarray:
         rows = pipeline.train_batches(run.prepared, config.eval.batch_size, config.eval.seed)

@@ -1,6 +1,8 @@
 """Checkpoints: everything a run needs to continue as if it had never stopped."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +13,15 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lomdm_jax.data.pipeline import Mixture
 from lomdm_jax.data.prepare import Prepared
-from lomdm_jax.errors import UserError
+from lomdm_jax.distributed import multihost
+from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.training.state import TrainState
 
 METRIC = "nelbo_order"  # the best checkpoint is the one with the lowest
+
+
+class Damaged(Exception):
+    """A checkpoint cannot be read; says why in one line."""
 
 
 class Restored(NamedTuple):
@@ -26,6 +33,10 @@ class Restored(NamedTuple):
 
 class Checkpoints:
     """Saves in the background; keeps the latest `keep` and the best.
+
+    With several processes each writes what its devices hold and reads what they need, so that a
+    run may go on with other processes and another mesh. All must call `save`, `restore`,
+    `set_aside` and `wait`.
 
     Args:
       folder: where checkpoints live, one sub-folder per step.
@@ -71,6 +82,9 @@ class Checkpoints:
           data: JSON-able state of the data iterator.
           facts: see `facts`.
           bound: nelbo_order in nats per token if it was just evaluated.
+
+        Raises:
+          UserError: this or the one before could not be written; the others are as they were.
         """
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -78,19 +92,27 @@ class Checkpoints:
             facts=ocp.args.JsonSave(facts),
         )
         metrics = None if bound is None else {METRIC: bound}
-        self._manager.save(int(state.step), args=items, metrics=metrics)
+        with self._writing():
+            self._manager.save(int(state.step), args=items, metrics=metrics)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def set_aside(self, step: int) -> pathlib.Path:
-        """Move a checkpoint out of the way, where nothing looks for it; its new place."""
-        place = self.folder.with_name("damaged_checkpoints") / str(step)
-        place.parent.mkdir(exist_ok=True)
-        while place.exists():
+    def steps(self) -> list[int]:
+        """The complete steps, in order."""
+        return sorted(self._manager.all_steps())
+
+    def set_aside(self, step: int, name: str) -> pathlib.Path:
+        """Move a checkpoint into the folder `name` beside, where nothing looks for it; its new
+        place."""
+        place = self.folder.with_name(name) / str(step)
+        while multihost.same(place.exists()):
             place = place.with_name(f"{place.name}_")
-        (self.folder / str(step)).rename(place)
+        if multihost.leads():
+            place.parent.mkdir(exist_ok=True)
+            (self.folder / str(step)).rename(place)
+        multihost.wait_for_all("set_aside")
         self._manager.reload()
         return place
 
@@ -100,7 +122,7 @@ class Checkpoints:
         Raises:
           UserError: if there is no such checkpoint.
         """
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if which == "latest":
             step = self.latest()
         elif which == "best":
@@ -123,19 +145,32 @@ class Checkpoints:
             "point --workdir or config.checkpoint.restore at one that exists."
         )
 
-    def restore(self, step: int, abstract: TrainState, sharding: Sharding) -> Restored:
-        """The checkpoint of `step`, its arrays placed by `sharding`.
+    def restore(self, step: int, target: TrainState) -> Restored:
+        """The checkpoint of `step`.
 
         Args:
           step: a step that exists; see `find`.
-          abstract: shapes and dtypes of the state.
+          target: shapes and dtypes of the state, with the shardings it is to have.
+
+        Raises:
+          Damaged: a file is missing or cannot be read, on this process or another.
         """
-        target = _placed(abstract, sharding)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(target),
-            data=ocp.args.JsonRestore(),
-        )
-        return Restored(**self._manager.restore(step, args=items))
+        folder, found, reason = self.folder / str(step), None, ""
+        try:
+            # Straight from the files: the manager would have processes wait for one that failed.
+            args = ocp.args.StandardRestore(target)
+            state = ocp.StandardCheckpointHandler().restore(folder / "state", args=args)
+            found = Restored(state, ocp.JsonCheckpointHandler().restore(folder / "data"))
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise  # nothing is wrong with the files
+        except Exception as error:  # what a damaged file gives is as various as the files
+            reason = one_line(error)
+        for index, theirs in enumerate(multihost.gather(reason)):
+            if theirs:
+                where = f"process {index}: " if jax.process_count() > 1 else ""
+                raise Damaged(f"{where}{theirs}")
+        assert found is not None
+        return found
 
     def parameters(self, step: int, sharding: Sharding) -> dict[str, Any]:
         """The EMA parameters of a checkpoint of any model, by name (see `by_name`), placed by
@@ -143,29 +178,53 @@ class Checkpoints:
         folder = self.folder / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
             saved = reader.metadata(folder).item_metadata.tree["ema"]
-            target = {"ema": _placed(saved, sharding)}
+            target = {
+                "ema": jax.tree.map(
+                    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), saved
+                )
+            }
             how = ocp.checkpoint_utils.construct_restore_args(target)
             args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
             return by_name(reader.restore(folder, args=args)["ema"])
 
     def facts(self, step: int) -> dict[str, Any]:
-        """The facts saved with a checkpoint, without its arrays."""
-        items = ocp.args.Composite(facts=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["facts"]
+        """The facts saved with a checkpoint, without its arrays.
+
+        Raises:
+          Damaged: they are missing or cannot be read.
+        """
+        try:
+            return ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "facts")
+        except Exception as error:
+            raise Damaged(one_line(error)) from error
 
     def wait(self) -> None:
-        """Return when all that was asked for is written."""
-        self._manager.wait_until_finished()
+        """Return when all that was asked for is written.
+
+        Raises:
+          UserError: something could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what it means that writing failed, in the background or at once."""
+        try:
+            yield
+        except Exception as error:
+            good = self.latest()
+            intact = "There was none before" if good is None else f"Step {good} is intact"
+            raise UserError(
+                f"A checkpoint could not be written to {self.folder}: {one_line(error)}. {intact}. Make "
+                "room there if the disk is full, or point --workdir elsewhere, and run the same "
+                "command again."
+            ) from error
 
     def close(self) -> None:
         """Wait, and release what is held."""
         self.wait()
         self._manager.close()
-
-
-def _placed(tree: Any, sharding: Sharding) -> Any:
-    """Shapes and dtypes of arrays that are to be restored with this sharding."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def by_name(tree: Any) -> dict[str, Any]:

@@ -1,20 +1,18 @@
 """The training loop: it only schedules. What is done at each cadence is passed in."""
 
-import contextlib
-import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 from ml_collections import ConfigDict
 
-from lomdm_jax.errors import UserError
+from lomdm_jax.distributed.multihost import termination
 from lomdm_jax.training.checkpoint import Checkpoints
-from lomdm_jax.training.metrics import TERMS, MetricWriter, Progress
+from lomdm_jax.training.guard import Guard
+from lomdm_jax.training.metrics import Cost, MetricWriter, Progress
 from lomdm_jax.training.state import TrainState
+from lomdm_jax.training.trace import Trace
 
 
 class Batches(Protocol):
@@ -33,20 +31,6 @@ class Terminated(Exception):
         self.step = step
 
 
-@contextlib.contextmanager
-def _termination() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, instead of ending the process at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # others may not handle signals
-        yield asked
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class Loop:
     """Steps from a state to the last step.
 
@@ -54,11 +38,13 @@ class Loop:
       config: the whole config.
       step: (number, state, batch, key) -> (state, metrics), compiled; the first number is 1.
       place: puts a host batch on the devices.
-      replicate: puts a copy of an array on every device.
+      key: what the steps draw from; on every device.
       evaluate: state -> the state to go on with, and nelbo_order in nats per token.
       checkpoints: where states are saved.
       facts: saved with each checkpoint.
-      writer: where metrics go.
+      writer: where metrics go; a profile goes into a folder beside.
+      cost: of a step.
+      clock: seconds since any moment.
     """
 
     def __init__(
@@ -67,45 +53,53 @@ class Loop:
         *,
         step: Callable[[int, TrainState, Any, jax.Array], tuple[TrainState, Any]],
         place: Callable[[Any], Any],
-        replicate: Callable[[Any], Any],
+        key: jax.Array,
         evaluate: Callable[[TrainState], tuple[TrainState, float]],
         checkpoints: Checkpoints,
         facts: dict[str, Any],
         writer: MetricWriter,
+        cost: Cost,
+        clock: Callable[[], float] = time.perf_counter,
     ):
-        self._config, self._step = config, step
-        self._place, self._replicate = place, replicate
+        self._config, self._step, self._place, self._key = config, step, place, key
         self._evaluate, self._checkpoints = evaluate, checkpoints
         self._facts, self._writer = facts, writer
+        self._cost, self._clock = cost, clock
 
     def run(self, state: TrainState, batches: Batches) -> TrainState:
         """Train to `train.steps`; the state passed in is donated.
 
         Raises:
-          UserError: if a loss or a gradient is not finite.
+          UserError: at a bad step, or at too many of them; see `guard`.
           Terminated: on SIGTERM, once the state is saved.
         """
-        with _termination() as asked:
-            return self._run(state, batches, asked)
+        config = self._config.train
+        self._progress = Progress(int(state.step), config.steps, self._cost, self._clock)
+        self._guard = Guard(config, self._checkpoints)
+        folder = self._writer.folder / "profile"
+        with termination() as asked, Trace(config.profile, folder) as trace:
+            return self._run(state, batches, asked, trace)
 
-    def _run(self, state: TrainState, batches: Batches, asked: threading.Event) -> TrainState:
-        first, last = int(state.step), self._config.train.steps
-        key = self._replicate(jax.random.key(self._config.train.seed))
-        self._progress = Progress(first, last)
+    def _run(
+        self, state: TrainState, batches: Batches, asked: Callable[[int], bool], trace: Trace
+    ) -> TrainState:
         pending: tuple[int, Any] | None = None
-        for number in range(first + 1, last + 1):
-            batch = self._place(next(batches))
+        for number in range(int(state.step) + 1, self._config.train.steps + 1):
+            batch = self._place(self._progress.fetch(batches))
+            trace.before(number)
             with jax.transfer_guard("disallow"):
-                state, metrics = self._step(number, state, batch, key)
+                state, metrics = self._step(number, state, batch, self._key)
             # The metrics of the step before are read while this one runs on the device.
             if pending:
                 self._report(*pending)
             pending = (number, metrics)
-            ends = asked.is_set()
-            if ends or self._due(number, "eval") or self._due(number, "checkpoint"):
-                self._report(*pending)  # nothing that is not finite may be saved
+            ends, saves = asked(number), self._due(number, "eval", "checkpoint")
+            if ends or saves or number == trace.last:
+                self._report(*pending)  # waits for the step; nothing bad may be saved
                 pending = None
-                state = self._pause(number, state, batches)
+                with self._progress.apart():
+                    trace.after(number)
+                    state = self._save(number, state, batches) if ends or saves else state
             if ends:
                 self._checkpoints.wait()
                 raise Terminated(number)
@@ -113,38 +107,25 @@ class Loop:
             self._report(*pending)
         return state
 
-    def _due(self, number: int, what: str) -> bool:
+    def _due(self, number: int, *what: str) -> bool:
         config = self._config
-        every = config.train.eval_every if what == "eval" else config.checkpoint.every
-        return number % every == 0 or number in (config.train.steps, config.train.random_steps)
+        every = {"eval": config.train.eval_every, "checkpoint": config.checkpoint.every}
+        ends = number in (config.train.steps, config.train.random_steps)
+        return ends or any(number % every[name] == 0 for name in what)
 
-    def _pause(self, number: int, state: TrainState, batches: Batches) -> TrainState:
+    def _save(self, number: int, state: TrainState, batches: Batches) -> TrainState:
         """Evaluate if it is due, and save; returns the state to go on with."""
-        started, bound = time.perf_counter(), None
+        bound = None
         if self._due(number, "eval"):
             state, bound = self._evaluate(state)
         self._checkpoints.save(state, batches.get_state(), self._facts, bound)
-        self._progress.exclude(time.perf_counter() - started)
         return state
 
     def _report(self, number: int, metrics: Any) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        self._check_finite(number, values)
+        self._progress.arrived(values)
+        self._guard.check(number, values)
         if number % self._config.train.log_every == 0 or number == self._config.train.steps:
-            line, speed = self._progress.line(number, values)
+            line, row = self._progress.take(number, values)
             print(line, flush=True)
-            self._writer.write(number, values | {"tokens_per_second": speed})
-
-    def _check_finite(self, number: int, values: dict[str, float]) -> None:
-        if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-            return
-        terms = ", ".join(f"{name} {values[name]:g}" for name in (*TERMS, "grad_norm"))
-        self._checkpoints.wait()
-        good = self._checkpoints.latest()
-        remedy = "no checkpoint was saved yet" if good is None else f"step {good} is saved"
-        raise UserError(
-            f"Training stopped at step {number}: the loss or its gradient is not finite ({terms}). "
-            f"The last good checkpoint: {remedy} in {self._checkpoints.folder}. Lower "
-            "config.optimizer.learning_rate or raise config.optimizer.warmup_steps, and run the "
-            "same command again: it continues from there."
-        )
+            self._writer.write(number, row)

@@ -20,6 +20,7 @@ class TrainState(struct.PyTreeNode):
       `objective.clip_noise` finds a better one.
     trials: float32 [4], nats per token that training text has cost under each of
       `orders.learned.TRIALS`, summed over the steps so far.
+    running_loss: float32 [3], what the loss has been in good steps; see `guard.judge`.
     """
 
     step: jax.Array
@@ -28,6 +29,7 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     noise_range: jax.Array
     trials: jax.Array
+    running_loss: jax.Array
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -39,4 +41,5 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
         opt_state=optimizer.init(params),
         noise_range=jnp.array([0.0, 1.0], jnp.float32),
         trials=jnp.zeros(len(TRIALS)),
+        running_loss=jnp.zeros(3),
     )

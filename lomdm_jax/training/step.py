@@ -15,6 +15,7 @@ from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import groups, leaders
 from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, batch_of, targets_of
 from lomdm_jax.orders.learned import TRIALS, trial_of
+from lomdm_jax.training import guard
 from lomdm_jax.training.optimizer import ema_decay, learning_rate, update_ema
 from lomdm_jax.training.state import TrainState
 
@@ -36,7 +37,8 @@ def make_train_step(
     the counted tokens of the whole global batch, also when it is cut into `train.micro_batches`;
     with `objective.ignore_first` position 0 costs nothing but is counted, as in MDLM and BD3-LM.
     Every draw derives from (key, state.step, index in the global batch) and nothing else.
-    Metrics are float32 scalars; bounds in nats per counted token.
+    Metrics are float32 scalars; bounds in nats per counted token; `bad_steps` is 1 if this one is
+    bad, see `guard.judge`, `loss_mean` and `loss_deviation` are the running ones before it.
     """
 
     def sums(params: Any, rows: Rows) -> tuple[jax.Array, Arrays]:
@@ -58,15 +60,24 @@ def make_train_step(
         stats["tokens"] = jnp.sum(batch["counted"]).astype(jnp.float32)
         trials = state.trials + stats.pop("trials", 0.0) / stats["tokens"]
         grads = jax.tree.map(lambda g: g / stats["tokens"], grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, ema_decay(config.optimizer.ema_decay, state.step))
         metrics = _metrics(stats, objective.terms) | {
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.float32(learning_rate(config.optimizer)(state.step)),
         }
-        state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-        return state.replace(trials=trials), metrics
+        verdict = guard.judge(state.running_loss, metrics, config.train.spike)
+        keep = guard.keeper(verdict.bad, config.train.on_bad_step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = keep(state.params, optax.apply_updates(state.params, updates))
+        ema = update_ema(state.ema, params, ema_decay(config.optimizer.ema_decay, state.step))
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            ema=keep(state.ema, ema),
+            opt_state=keep(state.opt_state, opt_state),
+            trials=keep(state.trials, trials),
+            running_loss=verdict.running,
+        )
+        return state, metrics | verdict.metrics
 
     return train_step
 

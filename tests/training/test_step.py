@@ -7,11 +7,13 @@ import pytest
 
 from lomdm_jax.config import default_config
 from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.distributed import partition
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.objectives import make_objective
 from lomdm_jax.objectives.leave_one_out import leaders
 from lomdm_jax.sampling.driver import generate
 from lomdm_jax.sampling.race import Race
+from lomdm_jax.training import guard
 from lomdm_jax.training.optimizer import ema_decay, make_optimizer
 from lomdm_jax.training.state import init_state
 from lomdm_jax.training.step import make_train_step
@@ -47,10 +49,21 @@ def packed(seed=0):
     return plain | {"segments": segments.astype(np.int32), "padding": padding}
 
 
-def run(config, devices=1, steps=3, random=False, batch=batch):
-    """Final state and the metrics of each step; random: before the order is learned."""
-    mesh = meshes.make_mesh(devices)
-    copies, split = meshes.replicated(mesh), meshes.over_batch(mesh)
+def run(config, sizes=(1, 1, 1), steps=3, random=False, batch=batch):
+    """Final state and the metrics of each step; sizes: of the mesh; random: before the order is
+    learned."""
+    state, step = program(config, sizes, random)
+    history = []
+    for number in range(steps):
+        state, metrics = step(state, batch(number))
+        history.append(metrics)
+    return jax.device_get(state), history
+
+
+def program(config, sizes=(1, 1, 1), random=False):
+    """The state before the first step, and (state, host batch) -> (state, metrics on the host)."""
+    mesh = meshes.make_mesh(*sizes)
+    copies, rows = meshes.replicated(mesh), meshes.over_batch(mesh)
     generator, optimizer = (
         make_generator(config, VOCAB + 1, VOCAB),
         make_optimizer(config.optimizer),
@@ -66,22 +79,27 @@ def run(config, devices=1, steps=3, random=False, batch=batch):
         blank_share=config.objective.blank_share,
         one_pass=generator.one_pass,
     )
-    state = jax.jit(
-        lambda key: init_state(init_params(config, VOCAB + 1, key), optimizer), out_shardings=copies
-    )(jax.random.key(0))
+
+    def fresh(key):
+        return init_state(init_params(config, VOCAB + 1, key), optimizer)
+
+    split = partition.shardings(mesh, jax.eval_shape(fresh, jax.random.key(0)))
     step = jax.jit(
         make_train_step(generator, objective, optimizer, config),
-        in_shardings=(copies, split, copies),
-        out_shardings=copies,
+        in_shardings=(split, rows, copies),
+        out_shardings=(split, copies),
         donate_argnums=0,
     )
-    history = []
-    for number in range(steps):
-        placed = jax.device_put(batch(number), split)
-        state, metrics = step(state, placed, jax.device_put(jax.random.key(1), copies))
-        history.append(jax.device_get(metrics))
-    assert step._cache_size() == 1, "the step was traced more than once"
-    return jax.device_get(state), history
+    key = jax.device_put(jax.random.key(1), copies)
+
+    def call(state, batch):
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, jax.device_put(batch, rows), key)
+        assert step._cache_size() == 1, "the step was traced more than once"
+        return state, jax.device_get(metrics)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(fresh, out_shardings=split)(jax.random.key(0)), call
 
 
 def assert_close(ours, theirs, rtol):
@@ -92,11 +110,29 @@ RANKED = dict(order__name="lomdm-ranked", objective__blank_share=0.25, objective
 SORTS = {"continuous": {}, "order": {}, "order, ranked": RANKED}
 
 
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 4, 2)])
 @pytest.mark.parametrize("sort", SORTS)
-def test_eight_devices_give_the_losses_of_one(sort):
+def test_any_mesh_gives_the_losses_of_one_device(sort, sizes):
     config = tiny(objective__name=sort.partition(",")[0], **SORTS[sort])
-    one, eight = (run(config, devices)[1] for devices in (1, 8))
-    assert_close(one, eight, 2e-4)
+    assert_close(run(config)[1], run(config, sizes)[1], 2e-4)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("sort", SORTS)
+def test_what_is_computed_again_changes_nothing(sort, remat):
+    """Neither losses nor, with Adam's large eps, parameters; dropout included."""
+    changes = dict(objective__name=sort.partition(",")[0], optimizer__eps=1e-2, **SORTS[sort])
+    plain, again = run(tiny(**changes)), run(tiny(**changes, model__remat=remat))
+    assert_close(plain[1], again[1], 1e-5)
+    assert_close(plain[0].params, again[0].params, 1e-5)
+
+
+def test_all_savings_at_once_change_nothing():
+    """Parameters split, products split, blocks computed again, a batch in parts."""
+    changes = dict(objective__name="order", optimizer__eps=1e-2)
+    plain = run(tiny(**changes))
+    saving = run(tiny(**changes, model__remat="full", train__micro_batches=2), (2, 2, 2))
+    assert_close(plain[0].params, saving[0].params, 2e-4)
 
 
 @pytest.mark.parametrize("sort", SORTS)
@@ -309,3 +345,101 @@ def test_ema_follows_the_parameters():
     fresh = init_params(config, VOCAB + 1, jax.random.key(0))
     expected = jax.tree.map(lambda old, new: old + (1 - 2 / 11) * (new - old), fresh, state.params)
     assert_close(state.ema, expected, 1e-6)
+
+
+def test_the_running_loss_is_mean_and_variance_of_good_steps_and_forgets():
+    rng = np.random.default_rng(0)
+    losses = rng.normal(5, 0.5, 300).astype(np.float32)
+    losses[50] = np.nan
+    running, flags = running_losses(losses, spike=0.0)
+    good = np.delete(losses[: guard.HORIZON + 1], 50)
+    np.testing.assert_allclose(running[guard.HORIZON], [100, good.mean(), good.var()], rtol=1e-4)
+    assert flags == [number == 50 for number in range(300)]
+    np.testing.assert_array_equal(running[50], running[49])
+    weights = 0.99 ** np.arange(199)[::-1] * 0.01
+    mean = weights @ losses[101:] + (1 - weights.sum()) * good.mean()
+    np.testing.assert_allclose(running[-1][1], mean, rtol=1e-4)
+
+
+def test_a_spike_is_found_once_enough_steps_were_seen_and_is_not_learned_from():
+    losses = np.random.default_rng(0).normal(5, 0.5, 200).astype(np.float32)
+    assert not any(running_losses(losses, spike=5.0)[1]), "a normal run"
+    falling = losses + 5 * np.exp(-np.arange(200) / 30).astype(np.float32)
+    assert not any(running_losses(falling, spike=5.0)[1]), "as losses fall at first"
+    losses[[99, 100, 150, 151]] = 10.0
+    running, flags = running_losses(losses, spike=5.0)
+    assert np.flatnonzero(flags).tolist() == [100, 150, 151], "99 were seen before 99"
+    np.testing.assert_array_equal(running[151], running[149])
+    assert not any(running_losses(losses, spike=0.0)[1])
+    losses[150] = -10.0
+    assert not running_losses(losses, spike=5.0)[1][150], "a low loss is no spike"
+
+
+def running_losses(losses, spike):
+    """The running loss after each step, and which steps are bad."""
+    judge = jax.jit(lambda running, metrics: guard.judge(running, metrics, spike))
+    running, found, flags = jnp.zeros(3), [], []
+    for loss in losses:
+        bad, running, metrics = judge(running, {"loss": loss, "grad_norm": jnp.ones(())})
+        found.append(np.asarray(running))
+        flags.append(bool(bad))
+        assert metrics["bad_steps"] == bad
+    return found, flags
+
+
+def uncounted(number, bad):
+    """`batch`, but with nothing to learn from in batch `bad`: 0 / 0."""
+    plain = batch(number)
+    return plain | {"counted": plain["counted"] & (number != bad)}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_a_skipped_step_leaves_all_but_the_step_number_to_the_last_bit(sizes):
+    """Going on from there equals a run that never made the step, with its number given away."""
+    state, step = program(tiny(train__on_bad_step="skip"), sizes)
+    states = [jax.device_get(state)]
+    for number in range(4):
+        state, metrics = step(state, uncounted(number, bad=2))
+        states.append(jax.device_get(state))
+        assert metrics["bad_steps"] == (number == 2)
+        assert np.isnan(metrics["loss"]) == np.isnan(metrics["grad_norm"]) == (number == 2)
+    assert states[3].step == 3
+    jax.tree.map(np.testing.assert_array_equal, states[3], states[2].replace(step=np.int32(3)))
+    state, step = program(tiny(train__on_bad_step="skip"), sizes)
+    for number in (0, 1):
+        state, _ = step(state, batch(number))
+    state = state.replace(step=jax.device_put(np.int32(3), state.step.sharding))
+    state, _ = step(state, batch(3))
+    jax.tree.map(np.testing.assert_array_equal, states[4], jax.device_get(state))
+    moved = jax.tree.map(lambda a, b: np.any(a != b), states[4].params, states[3].params)
+    assert moved["backbone"]["blocks"][0]["mlp"]["0"]["kernel"], "a good step moves on"
+
+
+def test_what_stops_a_run_says_so_and_keeps_nothing():
+    """Without skipping the update is made; the loop stops before it is saved."""
+    state, history = run(tiny(), batch=lambda number: uncounted(number, bad=2))
+    assert [metrics["bad_steps"] for metrics in history] == [0, 0, 1]
+    assert np.isnan(jax.tree.leaves(state.params)[0]).all()
+    assert state.running_loss[0] == 2 and np.isfinite(state.running_loss).all()
+
+
+@pytest.mark.parametrize(("mean", "bad"), [(0.5, 1), (2.4, 0)])
+def test_a_spike_is_skipped_like_a_loss_that_is_not_finite(mean, bad):
+    """A fresh network's loss is log 12 = 2.48."""
+    state, step = program(tiny(train__on_bad_step="skip", train__spike=6.0))
+    known = np.array([guard.HORIZON, mean, 0.01], np.float32)
+    state = state.replace(running_loss=jax.device_put(known, state.running_loss.sharding))
+    before = jax.device_get(state)
+    after, metrics = step(state, batch())
+    after = jax.device_get(after)
+    same = jax.tree.map(np.array_equal, before.replace(step=np.int32(1)), after)
+    assert metrics["bad_steps"] == bad == all(jax.tree.leaves(same))
+    assert metrics["loss_mean"] == np.float32(mean)
+    assert metrics["loss_deviation"] == pytest.approx(0.1)
+
+
+def test_guards_change_nothing_in_a_run_without_bad_steps():
+    plain, history = run(tiny(), steps=6)
+    guarded, same = run(tiny(train__on_bad_step="skip", train__spike=6.0), steps=6)
+    jax.tree.map(np.testing.assert_array_equal, history, same)
+    jax.tree.map(np.testing.assert_array_equal, plain, guarded)
