@@ -1,4 +1,4 @@
-"""The jobs of the command line: train, evaluate, sample."""
+"""The jobs of the command line: train, evaluate, sample, compile."""
 
 import contextlib
 import json
@@ -9,19 +9,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from lomdm_jax.data.pipeline import Batch
-from lomdm_jax.distributed import multihost
+from lomdm_jax.distributed import compile_ahead, multihost, partition
+from lomdm_jax.distributed.chips import peak
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import likelihood, order_statistics
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.run import Run, objective_for, valid_batches
+from lomdm_jax.run import Run, objective_for, plan, valid_batches
 from lomdm_jax.sampling import make_sampler
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.training.adaptation import make_adapter
 from lomdm_jax.training.checkpoint import Checkpoints, facts
-from lomdm_jax.training.compiled import steps
-from lomdm_jax.training.initial import fresh, initial, saved_state
+from lomdm_jax.training.compiled import jitted_step, model_flops, shapes, steps
+from lomdm_jax.training.initial import fresh, initial, saved_state, target
 from lomdm_jax.training.loop import Loop
 from lomdm_jax.training.metrics import Cost, MetricWriter
 from lomdm_jax.training.optimizer import make_optimizer
@@ -63,7 +65,7 @@ def train(run: Run, resume: str = "auto") -> Any:
             checkpoints=checkpoints,
             facts=facts(config, run.prepared, run.mixture),
             writer=writers["train"],
-            cost=Cost(0.0, None),
+            cost=Cost(model_flops(run, optimizer, state), peak(run.mesh)),
         )
         state = loop.run(state, batches)
     if first >= config.train.steps:
@@ -93,6 +95,36 @@ def _report_folder(run: Run) -> pathlib.Path:
 def sample(run: Run) -> None:
     """Generate with the EMA parameters of a checkpoint, and draw the order."""
     write_samples(run, saved_state(run).ema)
+
+
+def compile(config: ConfigDict, workdir: pathlib.Path, slice_name: str) -> compile_ahead.Report:
+    """Compile the training step and print what it takes; write it to compile.json.
+
+    slice_name: of a TPU slice that need not be here; "" for the devices that are.
+
+    Raises:
+      UserError: it does not fit; says what to change.
+    """
+    if slice_name:
+        jax.config.update("jax_platforms", "cpu")  # for all but the compiler
+    planned = plan(config, compile_ahead.topology(slice_name) if slice_name else None)
+    optimizer = make_optimizer(config.optimizer)
+    state = target(planned, optimizer)
+    print(partition.report(planned.mesh, state), flush=True)
+    with jax.set_mesh(planned.mesh):
+        report = compile_ahead.compiled_report(
+            jitted_step(planned, planned.generator, optimizer, state),
+            shapes(planned, state),
+            config,
+            planned.mesh,
+            model_flops(planned, optimizer, state),
+        )
+    print(compile_ahead.text(report, config))
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = workdir / f"compile{slice_name and '-'}{slice_name.replace(':', '-')}.json"
+    file.write_text(json.dumps(compile_ahead.to_dict(report), indent=2) + "\n")
+    print(f"wrote {file}", flush=True)
+    return report
 
 
 def save_config(run: Run) -> None:

@@ -1,7 +1,7 @@
 """What every job and every measurement starts from: a config with its data, model and devices."""
 
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax.data import pipeline
 from lomdm_jax.data.prepare import Prepared, prepare
+from lomdm_jax.data.tokenizers import make_tokenizer
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed import multihost
 from lomdm_jax.generator import Generator, make_generator
@@ -85,7 +86,24 @@ def start(config: ConfigDict, workdir: pathlib.Path) -> Run:
     return Run(config, workdir, prepared, mixture, generator, mesh)
 
 
-def checked_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+def plan(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Plan:
+    """Shape the model for a training step, without data; devices: None for those present.
+
+    Raises:
+      UserError: neither `data.vocab_size` nor the tokenizer says how many ids there are.
+    """
+    mesh = checked_mesh(config, devices)
+    if config.data.vocab_size:
+        rows, mask_id = config.data.vocab_size + 1, config.data.vocab_size
+    else:
+        tokenizer = make_tokenizer(config.data.tokenizer, 0, lambda: ())
+        rows, mask_id = tokenizer.rows, tokenizer.mask_id
+    generator = make_generator(config, rows, mask_id)
+    batch = pipeline.shapes(config.data, config.train.batch_size, config.data.length)
+    return Plan(config, generator, mesh, batch, rows)
+
+
+def checked_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of the config, whose batches it can split; devices: None for those present."""
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)

@@ -160,8 +160,8 @@ def abandon(error: BaseException) -> None:
         print(f"error: {error}", file=sys.stderr)
     else:
         print(
-            f"error in process {index}: {kind}: {one_line(error)}\nPerhaps another process was lost. Start "
-            "all of them again: the same command continues from the last checkpoint.",
+            f"error in process {index}: {kind}: {one_line(error)}\nPerhaps another process was "
+            "lost. Start all of them again: the same command continues from the last checkpoint.",
             file=sys.stderr,
         )
         if not isinstance(error, jax.errors.JaxRuntimeError):

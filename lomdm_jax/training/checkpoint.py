@@ -216,9 +216,9 @@ class Checkpoints:
             good = self.latest()
             intact = "There was none before" if good is None else f"Step {good} is intact"
             raise UserError(
-                f"A checkpoint could not be written to {self.folder}: {one_line(error)}. {intact}. Make "
-                "room there if the disk is full, or point --workdir elsewhere, and run the same "
-                "command again."
+                f"A checkpoint could not be written to {self.folder}: {one_line(error)}. {intact}. "
+                "Make room there if the disk is full, or point --workdir elsewhere, and run the "
+                "same command again."
             ) from error
 
     def close(self) -> None:

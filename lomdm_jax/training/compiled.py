@@ -9,7 +9,8 @@ from optax import GradientTransformation as Optimizer
 
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed import partition
-from lomdm_jax.generator import Generator
+from lomdm_jax.distributed.costs import matmul_flops
+from lomdm_jax.generator import Generator, make_generator
 from lomdm_jax.run import Plan, Run, objective_for
 from lomdm_jax.training.state import TrainState
 from lomdm_jax.training.step import make_train_step
@@ -28,25 +29,30 @@ def steps(
 
 
 def compiled_step(
-    run: Run | Plan,
-    generator: Generator,
-    optimizer: Optimizer,
-    state: TrainState,
+    run: Run | Plan, generator: Generator, optimizer: Optimizer, state: TrainState
 ) -> jax.stages.Compiled:
     """The training step, compiled for this state and the config's batch; takes no other shape."""
     started = time.perf_counter()
-    compiled = lowered_step(run, generator, optimizer, state).compile()
+    compiled = jitted_step(run, generator, optimizer, state).lower(*shapes(run, state)).compile()
     print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
     return compiled
 
 
-def lowered_step(
-    run: Run | Plan,
-    generator: Generator,
-    optimizer: Optimizer,
-    state: TrainState,
-) -> jax.stages.Lowered:
-    """The same, not compiled yet; of the state only shapes matter."""
+def model_flops(run: Run | Plan, optimizer: Optimizer, state: TrainState) -> int:
+    """Floating-point operations of a step's matrix products over all devices, without what
+    `model.remat` computes again; see `costs.matmul_flops`."""
+    config = run.config
+    if config.model.remat != "none":
+        config = config.copy_and_resolve_references()
+        config.model.remat = "none"
+    generator = make_generator(config, run.rows, run.generator.mask_id)
+    return matmul_flops(jitted_step(run, generator, optimizer, state), *shapes(run, state))
+
+
+def jitted_step(
+    run: Run | Plan, generator: Generator, optimizer: Optimizer, state: TrainState
+) -> jax.stages.Wrapped:
+    """The training step, to be compiled for the run's mesh; of the state only shapes matter."""
     config = run.config
     objective = objective_for(
         run,
@@ -58,10 +64,14 @@ def lowered_step(
         order_share=config.objective.order_share,
     )
     copies, split = meshes.replicated(run.mesh), partition.shardings(run.mesh, state)
-    step = jax.jit(
+    return jax.jit(
         make_train_step(generator, objective, optimizer, config),
         in_shardings=(split, meshes.over_batch(run.mesh), copies),
         out_shardings=(split, copies),
         donate_argnums=0 if config.train.donate else (),
     )
-    return step.lower(state, run.batch, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def shapes(run: Run | Plan, state: TrainState) -> tuple[Any, ...]:
+    """What the step takes: state, batch and key."""
+    return state, run.batch, jax.eval_shape(lambda: jax.random.key(0))

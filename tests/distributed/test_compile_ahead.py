@@ -15,7 +15,7 @@ from lomdm_jax.distributed.chips import CHIPS, GIB, chip_of
 from lomdm_jax.errors import UserError
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.run import Plan
-from lomdm_jax.training.compiled import lowered_step
+from lomdm_jax.training.compiled import jitted_step, shapes
 from lomdm_jax.training.initial import fresh
 from lomdm_jax.training.optimizer import make_optimizer
 
@@ -38,15 +38,15 @@ def tiny(**changes):
 def lowered(config, devices):
     """The step of a config for devices, and its mesh, state and shardings."""
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
-    shapes = {"tokens": jnp.int32, "counted": jnp.bool_}
+    kinds = {"tokens": jnp.int32, "counted": jnp.bool_}
     rows = (config.train.batch_size, LENGTH)
-    batch = {name: jax.ShapeDtypeStruct(rows, kind) for name, kind in shapes.items()}
+    batch = {name: jax.ShapeDtypeStruct(rows, kind) for name, kind in kinds.items()}
     generator = make_generator(config, VOCABULARY, VOCABULARY - 1)
     plan = Plan(config, generator, mesh, batch, VOCABULARY)
     optimizer = make_optimizer(config.optimizer)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(fresh(plan, optimizer))
-        step = lowered_step(plan, generator, optimizer, state)
+        step = jitted_step(plan, generator, optimizer, state).lower(*shapes(plan, state))
     return step, dict(mesh=mesh, state=state, shardings=partition.shardings(mesh, state))
 
 
@@ -64,8 +64,8 @@ def on_cpu():
 
 def test_memory_adds_up(on_cpu):
     memory = on_cpu.memory
-    shapes = jax.eval_shape(lambda: init_params(tiny(), VOCABULARY, jax.random.key(0)))
-    whole = sum(4 * a.size for a in jax.tree.leaves(shapes))
+    params = jax.eval_shape(lambda: init_params(tiny(), VOCABULARY, jax.random.key(0)))
+    whole = sum(4 * a.size for a in jax.tree.leaves(params))
     assert whole / 2 < memory.params == memory.ema < 0.6 * whole  # fsdp: half of most arrays
     assert memory.optimizer == 2 * memory.params + 2 * 4  # Adam's two means, and its counters
     assert 0 <= memory.rest < 2000 and 0 <= memory.outputs < 2000 and memory.temporaries > 0

@@ -412,7 +412,7 @@ def test_a_skipped_step_leaves_all_but_the_step_number_to_the_last_bit(sizes):
     state, _ = step(state, batch(3))
     jax.tree.map(np.testing.assert_array_equal, states[4], jax.device_get(state))
     moved = jax.tree.map(lambda a, b: np.any(a != b), states[4].params, states[3].params)
-    assert moved["backbone"]["blocks"][0]["mlp"]["0"]["kernel"], "a good step moves on"
+    assert any(jax.tree.leaves(moved)), "a good step moves on"
 
 
 def test_what_stops_a_run_says_so_and_keeps_nothing():
