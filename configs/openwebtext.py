@@ -3,9 +3,10 @@
 python -m lomdm_jax.main --config configs/openwebtext.py            (or openwebtext.py:mdm)
 python -m lomdm_jax.main --config configs/openwebtext.py --job compile --topology v5e:4x4
 
-The data and the budget are MDLM's (mdlm configs/, 512 sequences of 1,024 tokens for 1,000,000 steps,
-524 billion tokens), which reports a perplexity of 23.0 there; the LoMDM paper reports 20.4. Neither
-was reproduced with this file yet. docs/scaling.md says on what it fits and how fast it should be.
+The data and the budget are MDLM's (mdlm configs/, 512 sequences of 1,024 tokens for 1,000,000
+steps, 524 billion tokens), which reports a perplexity of 23.0 there; the LoMDM paper reports 20.4.
+Neither was reproduced with this file yet. docs/scaling.md says on what it fits and how fast it
+should be.
 """
 
 from ml_collections import ConfigDict

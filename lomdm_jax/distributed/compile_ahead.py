@@ -32,6 +32,8 @@ def quiet_environment() -> None:
     JAX itself should run on the CPU then: JAX_PLATFORMS=cpu, set before it starts.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it waits for a metadata server
+    # Or only one process at a time may load it, as if all were to use the same TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Or it warns that it knows neither. Programs are made for the topology, whatever these say.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -60,6 +62,8 @@ def topology(name: str) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(name, "tpu", **options).devices)
     except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise  # nothing is wrong with the name
         raise _no_slice(name, _first_line(error)) from error
 
 

@@ -1,0 +1,136 @@
+"""What training takes on TPU slices, from the compiler of their programs: no TPU is needed.
+
+python benchmarks/scaling.py [--only NAME,...] [--folder runs/scaling]
+
+Needs libtpu (pip install 'jax[tpu]') and a few minutes per program on two cores. Each is compiled
+in a process of its own and leaves a file in the folder; the tables in benchmarks/scaling.md hold
+all that are there.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Case(NamedTuple):
+    """A program to compile: its config, the slice, and what differs from the config."""
+
+    config: str
+    topology: str
+    changes: tuple[str, ...] = ()
+
+
+SMALL, LARGE = "configs/openwebtext.py", "configs/openwebtext_1b.py"
+CASES = {
+    "lomdm-v5e-16": Case(SMALL, "v5e:4x4", ("model.remat=dots",)),
+    "lomdm-v5p-16": Case(SMALL, "v5p:2x2x4", ("train.micro_batches=2",)),
+    "lomdm-v6e-256": Case(SMALL, "v6e:16x16", ("train.micro_batches=1",)),
+    "1b-v5p-64": Case(LARGE, "v5p:4x4x4"),
+    "too-large-v5e-16": Case(SMALL, "v5e:4x4", ("train.micro_batches=1",)),
+}
+# The same work on each chip, 32 sequences in 4 parts, on ever more of them; copies of the model.
+PER_CHIP = 32
+WEAK = {
+    f"weak-{chips}": Case(
+        f"{SMALL}:mdm",
+        f"v5p:{shape}",
+        (
+            f"train.batch_size={PER_CHIP * chips}",
+            f"eval.batch_size={PER_CHIP * chips}",
+            f"sample.count={PER_CHIP * chips}",
+            "train.micro_batches=4",
+        ),
+    )
+    for chips, shape in {1: "1x1x1", 4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 512: "8x8x8"}.items()
+}
+
+
+def compile_case(name: str, case: Case, folder: pathlib.Path) -> None:
+    """Leaves `<name>.json`, or `<name>.txt` if the program does not fit."""
+    command = [sys.executable, "-m", "lomdm_jax.main", "--job=compile", f"--config={case.config}"]
+    command += [f"--topology={case.topology}", f"--workdir={folder / name}"]
+    command += [f"--config.{change}" for change in case.changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = next((folder / name).glob("compile*.json"), None)
+    if done.returncode == 0 and found:
+        found.rename(folder / f"{name}.json")
+    elif done.returncode == 2:
+        (folder / f"{name}.txt").write_text(done.stderr)
+    else:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def row(name: str, case: Case, report: dict[str, Any]) -> str:
+    memory, chip = report["memory"]["total"], report["chip"]
+    moved = sum(each["moved"] for each in report["collectives"])
+    low, high = (1e3 * seconds for seconds in report["step_seconds"])
+    cells = [
+        name,
+        f"{report['devices']} {chip['name']}",
+        " ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one",
+        ", ".join(case.changes),
+        f"{memory / 2**30:.1f} of {chip['memory'] / 2**30:.1f}",
+        f"{report['flops'] / report['tokens'] / 1e6:,.0f}",
+        f"{moved / 1e9:.2f}",
+        *(f"{1e3 * seconds:,.1f}" for seconds in report["seconds"].values()),
+        f"{low:,.0f} to {high:,.0f}",
+        *("{:,.0f} to {:,.0f}".format(*report["tokens_per_second"]),),
+        "{:.0%} to {:.0%}".format(*report["mfu"]),
+        f"{report['compiling']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+COLUMNS = (
+    *("program", "devices", "mesh", "changed", "GiB per device", "MFLOP per token", "GB sent"),
+    *("ms: products", "memory", "links", "a step", "tokens per second", "MFU", "compiled in, s"),
+)
+
+
+def table(cases: dict[str, Case], folder: pathlib.Path) -> list[str]:
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    for name, case in cases.items():
+        if (folder / f"{name}.json").exists():
+            lines.append(row(name, case, json.loads((folder / f"{name}.json").read_text())))
+    return lines
+
+
+def write(folder: pathlib.Path) -> None:
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
+    lines = [
+        "# What training takes on TPU slices",
+        "",
+        f"`python benchmarks/scaling.py`, {versions}; docs/scaling.md explains.",
+        "",
+        *table(CASES, folder),
+        "",
+    ]
+    for path in sorted(folder.glob("*.txt")):
+        lines += [f"{path.stem}:", "", "```", path.read_text().strip(), "```", ""]
+    lines += [f"The same {PER_CHIP} sequences per chip on ever more chips:", ""]
+    lines += [*table(WEAK, folder), ""]
+    (ROOT / "benchmarks" / "scaling.md").write_text("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="names of programs; the rest is left as it is")
+    parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "scaling")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    cases = CASES | WEAK
+    wanted = options.only.split(",") if options.only else list(cases)
+    for number, name in enumerate(wanted, start=1):
+        compile_case(name, cases[name], options.folder)
+        print(f"{number}/{len(wanted)} {name}", flush=True)
+        write(options.folder)
+
+
+if __name__ == "__main__":
+    main()
