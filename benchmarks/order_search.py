@@ -57,9 +57,9 @@ def train_base(options: Any, seed: int) -> None:
 
 def flops(run: Any, optimizer: Any, state: Any) -> tuple[Any, float]:
     """The compiled step and the compiler's count of its work."""
-    from lomdm_jax.training.compiled import compiled_step
+    from lomdm_jax.training.compiled import compiled, traced_step
 
-    step = compiled_step(run, run.generator, optimizer, state)
+    step = compiled(traced_step(run, run.generator, optimizer, state))
     return step, step.cost_analysis()["flops"]
 
 

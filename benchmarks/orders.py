@@ -117,7 +117,7 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
 
     from lomdm_jax.generator import init_params, make_generator
     from lomdm_jax.run import start
-    from lomdm_jax.training.compiled import compiled_step
+    from lomdm_jax.training.compiled import compiled, traced_step
     from lomdm_jax.training.initial import target
     from lomdm_jax.training.optimizer import make_optimizer
 
@@ -126,7 +126,7 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
     optimizer = make_optimizer(config.optimizer)
     state = target(run, optimizer)
     random, learned = (
-        compiled_step(run, generator, optimizer, state).cost_analysis()["flops"]
+        compiled(traced_step(run, generator, optimizer, state)).cost_analysis()["flops"]
         for generator in (run.generator.at_random(), run.generator)
     )
     config.order.name, config.model.layout = "mdm", "own"

@@ -22,7 +22,7 @@ from lomdm_jax.sampling import make_sampler
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.training.adaptation import make_adapter
 from lomdm_jax.training.checkpoint import Checkpoints, facts
-from lomdm_jax.training.compiled import jitted_step, model_flops, shapes, steps
+from lomdm_jax.training.compiled import model_flops, steps, traced_step
 from lomdm_jax.training.initial import fresh, initial, saved_state, target
 from lomdm_jax.training.loop import Loop
 from lomdm_jax.training.metrics import Cost, MetricWriter
@@ -56,16 +56,17 @@ def train(run: Run, resume: str = "auto") -> Any:
             writers["eval"].write(int(state.step), row)
             return state, evaluation.nelbo_order.nats_per_token
 
+        step, flops = steps(run, optimizer, state)
         loop = Loop(
             config,
-            step=steps(run, optimizer, state),
+            step=step,
             place=run.place_rows,
             key=run.key(config.train.seed),
             evaluate=evaluate_now,
             checkpoints=checkpoints,
             facts=facts(config, run.prepared, run.mixture),
             writer=writers["train"],
-            cost=Cost(model_flops(run, optimizer, state), peak(run.mesh)),
+            cost=Cost(flops, peak(run.mesh)),
         )
         state = loop.run(state, batches)
     if first >= config.train.steps:
@@ -107,18 +108,15 @@ def compile(config: ConfigDict, workdir: pathlib.Path, slice_name: str) -> compi
     """
     if slice_name:
         jax.config.update("jax_platforms", "cpu")  # for all but the compiler
+        jax.config.update("jax_enable_compilation_cache", False)  # no chip, no reading it back
     planned = plan(config, compile_ahead.topology(slice_name) if slice_name else None)
     optimizer = make_optimizer(config.optimizer)
     state = target(planned, optimizer)
     print(partition.report(planned.mesh, state), flush=True)
     with jax.set_mesh(planned.mesh):
-        report = compile_ahead.compiled_report(
-            jitted_step(planned, planned.generator, optimizer, state),
-            shapes(planned, state),
-            config,
-            planned.mesh,
-            model_flops(planned, optimizer, state),
-        )
+        step = traced_step(planned, planned.generator, optimizer, state)
+        flops = model_flops(planned, optimizer, state, step)
+        report = compile_ahead.compiled_report(step, state, config, planned.mesh, flops)
     print(compile_ahead.text(report, config))
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / f"compile{slice_name and '-'}{slice_name.replace(':', '-')}.json"

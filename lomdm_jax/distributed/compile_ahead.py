@@ -228,23 +228,22 @@ def make_report(
 
 
 def compiled_report(
-    step: Any, shapes: tuple[Any, ...], config: ConfigDict, mesh: Mesh, model_flops: int
+    step: jax.stages.Traced, state: Any, config: ConfigDict, mesh: Mesh, model_flops: int
 ) -> Report:
     """What the training step takes, by compiling it.
 
     Args:
-      step: jitted, for `mesh`.
-      shapes: what it takes: TrainState, batch and key.
+      step: traced, for `mesh`.
+      state: the TrainState that it takes.
       config: said to be changed where it does not fit.
       model_flops: see `make_report`.
 
     Raises:
       UserError: it does not fit.
     """
-    state, batch, _ = shapes
-    split, flops = partition.shardings(mesh, state), costs.matmul_flops(step, *shapes)
+    split = partition.shardings(mesh, state)
     started = time.perf_counter()
-    lowered = step.lower(*shapes)
+    lowered = step.lower()
     lowering = time.perf_counter() - started
     compiled = compile_to_fit(lowered, config, mesh, state, split)
     return make_report(
@@ -252,8 +251,8 @@ def compiled_report(
         mesh=mesh,
         state=state,
         shardings=split,
-        tokens=math.prod(batch["tokens"].shape),
-        flops=flops,
+        tokens=config.train.batch_size * config.data.length,
+        flops=costs.matmul_flops(step),
         model_flops=model_flops,
         lowering=lowering,
         compiling=time.perf_counter() - started - lowering,
@@ -352,7 +351,7 @@ def _time_rows(report: Report) -> list[Row]:
         ("  ms, a step", _range(report.step_seconds, 1e-3), "all at once to one after the other"),
         ("  tokens per second", _range(report.tokens_per_second, 1), ""),
         ("  MFU, %", _range(report.mfu, 0.01), "without what is recomputed"),
-        ("compilation, s", f"{report.compiling:.1f}", f"after {report.lowering:.1f} of tracing"),
+        ("compilation, s", f"{report.compiling:.1f}", f"after {report.lowering:.1f} of lowering"),
     ]
     return rows
 
@@ -370,38 +369,6 @@ def to_dict(report: Report) -> dict[str, Any]:
     values["collectives"] = [collective._asdict() for collective in report.collectives]
     values["seconds"] = report.seconds._asdict() if report.seconds else None
     return values
-
-
-COLUMNS = (
-    *("devices", "mesh", "memory, GiB", "MFLOP per token", "GB sent", "ms: products"),
-    *("memory", "links", "ms, a step", "tokens per second", "MFU, %", "compilation, s"),
-)
-
-
-def markdown_head(first: str = "config") -> str:
-    """The two lines above rows of `markdown_row`."""
-    columns = (first, *COLUMNS)
-    return f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}"
-
-
-def markdown_row(name: str, report: Report) -> str:
-    """The report as a row of a Markdown table, `name` first."""
-    moved = sum(collective.moved for collective in report.collectives)
-    seconds = report.seconds or (None, None, None)
-    cells = (
-        name,
-        f"{report.devices} {report.chip.name if report.chip else report.kind}",
-        " ".join(f"{axis}={size}" for axis, size in report.mesh.items() if size > 1),
-        f"{report.memory.total / GIB:.2f}",
-        f"{report.flops / report.tokens / 1e6:.4g}",
-        f"{moved / 1e9:.4g}",
-        *(_number(value, 1e-3) for value in seconds),
-        _range(report.step_seconds, 1e-3),
-        _range(report.tokens_per_second, 1),
-        _range(report.mfu, 0.01),
-        f"{report.compiling:.0f}",
-    )
-    return f"| {' | '.join(cells)} |"
 
 
 # --- When it does not fit ---

@@ -11,22 +11,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-
 # --- FLOPs, from the jaxpr ---
 
 
-def matmul_flops(function: Callable[..., Any], *shapes: Any) -> int:
-    """Floating-point operations of the matrix products of function(*shapes), over all devices.
+def matmul_flops(traced: Any) -> int:
+    """Floating-point operations of the matrix products of a program, over all devices.
 
-    shapes: pytrees of arrays or jax.ShapeDtypeStruct. A product of [M, K] and [K, N] counts
-    2 M K N; a loop as often as it runs (a `while` whose length nobody knows: once), of a `cond`
-    the dearest branch, what is recomputed for the gradient (jax.checkpoint) again.
+    traced: its jax.stages.Traced, or its jaxpr. A product of [M, K] and [K, N] counts 2 M K N; a
+    loop as often as it runs (a `while` whose length nobody knows: once), of a `cond` the dearest
+    branch, what is recomputed for the gradient (jax.checkpoint) again.
 
     Raises:
-      NotImplementedError: the function has products that are not dot_general.
+      NotImplementedError: the program has products that are not dot_general.
     """
-    return _flops(jax.make_jaxpr(function)(*shapes).jaxpr)
+    return _flops(traced.jaxpr)
 
 
 def _flops(jaxpr: Any) -> int:

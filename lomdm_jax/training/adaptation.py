@@ -35,7 +35,7 @@ def _range_search(run: Run) -> Callable[[TrainState], TrainState]:
         batches = valid_batches(run, limit)
         found = noise_range.search(spread, state.ema, batches, key=key, place=run.place)
         print("noise range  {:.2f} to {:.2f}, of the least variance".format(*found), flush=True)
-        return state.replace(noise_range=run.replicate(found))
+        return state.replace(noise_range=run.replicate(found), **_anew(run))
 
     return adapt
 
@@ -89,7 +89,12 @@ def _trials_end(run: Run) -> Callable[[TrainState], TrainState]:
 def set_walk(run: Run, state: TrainState, table: np.ndarray) -> TrainState:
     """The state with this table, float32 [2, 2]; see `orders.schedule.Weights`."""
     params, ema = (_with_table(run, tree, table) for tree in (state.params, state.ema))
-    return state.replace(params=params, ema=ema)
+    return state.replace(params=params, ema=ema, **_anew(run))
+
+
+def _anew(run: Run) -> dict[str, Any]:
+    """The loss of what follows is another than that of what was before: see `guard.judge`."""
+    return {"running_loss": run.replicate(np.zeros(3, np.float32))}
 
 
 def _with_table(run: Run, params: Any, table: np.ndarray) -> Any:

@@ -15,44 +15,49 @@ from lomdm_jax.run import Plan, Run, objective_for
 from lomdm_jax.training.state import TrainState
 from lomdm_jax.training.step import make_train_step
 
+Step = Callable[..., tuple[TrainState, Any]]
 
-def steps(
-    run: Run, optimizer: Optimizer, state: TrainState
-) -> Callable[..., tuple[TrainState, Any]]:
-    """The step as the loop calls it: up to `train.random_steps` that of random order."""
+
+def steps(run: Run, optimizer: Optimizer, state: TrainState) -> tuple[Step, int]:
+    """The step as the loop calls it, up to `train.random_steps` that of random order; and its
+    `model_flops`, those of the learned order."""
     until, first = run.config.train.random_steps, int(state.step)
-    learned = compiled_step(run, run.generator, optimizer, state)
+    traced = traced_step(run, run.generator, optimizer, state)
+    flops, learned = model_flops(run, optimizer, state, traced), compiled(traced)
     if first >= until:
-        return lambda number, *inputs: learned(*inputs)
-    random = compiled_step(run, run.generator.at_random(), optimizer, state)
-    return lambda number, *inputs: (random if number <= until else learned)(*inputs)
+        return lambda number, *inputs: learned(*inputs), flops
+    random = compiled(traced_step(run, run.generator.at_random(), optimizer, state))
+    return lambda number, *inputs: (random if number <= until else learned)(*inputs), flops
 
 
-def compiled_step(
-    run: Run | Plan, generator: Generator, optimizer: Optimizer, state: TrainState
-) -> jax.stages.Compiled:
-    """The training step, compiled for this state and the config's batch; takes no other shape."""
+def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled:
+    """The step, compiled; it takes no other shapes than it was traced with."""
     started = time.perf_counter()
-    compiled = jitted_step(run, generator, optimizer, state).lower(*shapes(run, state)).compile()
+    step = traced.lower().compile()
     print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
-    return compiled
+    return step
 
 
-def model_flops(run: Run | Plan, optimizer: Optimizer, state: TrainState) -> int:
+def model_flops(
+    run: Run | Plan, optimizer: Optimizer, state: TrainState, traced: jax.stages.Traced
+) -> int:
     """Floating-point operations of a step's matrix products over all devices, without what
-    `model.remat` computes again; see `costs.matmul_flops`."""
-    config = run.config
-    if config.model.remat != "none":
-        config = config.copy_and_resolve_references()
+    `model.remat` computes again; see `costs.matmul_flops`.
+
+    traced: the step as it is.
+    """
+    if run.config.model.remat != "none":
+        config = run.config.copy_and_resolve_references()
         config.model.remat = "none"
-    generator = make_generator(config, run.rows, run.generator.mask_id)
-    return matmul_flops(jitted_step(run, generator, optimizer, state), *shapes(run, state))
+        generator = make_generator(config, run.rows, run.generator.mask_id)
+        traced = traced_step(run, generator, optimizer, state)
+    return matmul_flops(traced)
 
 
-def jitted_step(
+def traced_step(
     run: Run | Plan, generator: Generator, optimizer: Optimizer, state: TrainState
-) -> jax.stages.Wrapped:
-    """The training step, to be compiled for the run's mesh; of the state only shapes matter."""
+) -> jax.stages.Traced:
+    """The training step for the run's mesh and batch; of the state only shapes matter."""
     config = run.config
     objective = objective_for(
         run,
@@ -64,14 +69,10 @@ def jitted_step(
         order_share=config.objective.order_share,
     )
     copies, split = meshes.replicated(run.mesh), partition.shardings(run.mesh, state)
-    return jax.jit(
+    step = jax.jit(
         make_train_step(generator, objective, optimizer, config),
         in_shardings=(split, meshes.over_batch(run.mesh), copies),
         out_shardings=(split, copies),
         donate_argnums=0 if config.train.donate else (),
     )
-
-
-def shapes(run: Run | Plan, state: TrainState) -> tuple[Any, ...]:
-    """What the step takes: state, batch and key."""
-    return state, run.batch, jax.eval_shape(lambda: jax.random.key(0))
+    return step.trace(state, run.batch, jax.eval_shape(lambda: jax.random.key(0)))

@@ -48,7 +48,8 @@ def initial(
     )
     state = jax.eval_shape(fresh(run, optimizer))
     print(partition.report(run.mesh, state), flush=True)
-    multihost.agree(facts(config, run.prepared, run.mixture) | {"resume": resume})
+    asked = {"resume": resume, "jax": jax.__version__}
+    multihost.agree(facts(config, run.prepared, run.mixture) | asked)
     multihost.agree({"checkpoints": checkpoints.steps()})
     restored = _restored(run, optimizer, checkpoints, resume)
     if restored is None:

@@ -15,7 +15,7 @@ from lomdm_jax.distributed.chips import CHIPS, GIB, chip_of
 from lomdm_jax.errors import UserError
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.run import Plan
-from lomdm_jax.training.compiled import jitted_step, shapes
+from lomdm_jax.training.compiled import traced_step
 from lomdm_jax.training.initial import fresh
 from lomdm_jax.training.optimizer import make_optimizer
 
@@ -46,7 +46,7 @@ def lowered(config, devices):
     optimizer = make_optimizer(config.optimizer)
     with jax.set_mesh(mesh):
         state = jax.eval_shape(fresh(plan, optimizer))
-        step = jitted_step(plan, generator, optimizer, state).lower(*shapes(plan, state))
+        step = traced_step(plan, generator, optimizer, state).lower()
     return step, dict(mesh=mesh, state=state, shardings=partition.shardings(mesh, state))
 
 
@@ -99,8 +99,6 @@ def test_roofline(on_cpu):
     assert report.tokens_per_second == (256 / sum(seconds), 256 / max(seconds))
     assert report.mfu[1] == pytest.approx(3e6 / (8 * 197e12 * max(seconds)))
     assert report.fits and "TPU v5e" in ahead.text(report, tiny())
-    head, row = ahead.markdown_head().splitlines(), ahead.markdown_row("`tiny`", report)
-    assert {line.count("|") for line in (*head, row)} == {len(ahead.COLUMNS) + 2}
 
 
 def test_a_known_chip_that_is_too_small(on_cpu):
