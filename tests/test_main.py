@@ -476,6 +476,36 @@ def test_a_given_first_position_is_neither_scored_nor_generated(arguments, tmp_p
         assert record["tokens"][0] != EOS and record["text"].startswith("Return")
 
 
+def test_compile_says_what_a_step_takes_without_data(arguments, tmp_path, capsys):
+    """Of the eight devices that are here, which are no chip that is known."""
+    command = [*arguments(tmp_path, "data.source=nothing.txt"), "--job=compile"]
+    assert main([*arguments(tmp_path, "data.directory=none"), "--job=compile"]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x cpu (data=8 fsdp=1 tensor=1)" in printed and "of unknown" in printed
+    report = json_of(tmp_path, "compile.json")
+    assert report["tokens"] == 16 * 16 and report["flops"] == report["model_flops"] > 0
+    assert {each["kind"] for each in report["collectives"]} >= {"all-reduce"}
+    assert not (tmp_path / "checkpoints").exists() and not pathlib.Path("none").exists()
+    assert "nothing.txt" in refused(command, capsys)
+
+
+def test_compile_for_a_slice_that_is_not_here(arguments, tmp_path):
+    pytest.importorskip("libtpu", reason="needs the compiler of TPU programs: jax[tpu]")
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    command = [*arguments(tmp_path), "--job=compile", "--topology=v5e:2x2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lomdm_jax.main", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x TPU v5e (data=4 fsdp=1 tensor=1)" in done.stdout
+    report = json_of(tmp_path, "compile-v5e-2x2.json")
+    assert report["fits"] and report["devices"] == 4 and report["step_seconds"][0] > 0
+
+
 def refused(arguments, capsys):
     """The one-paragraph message of a command that must fail."""
     assert main(arguments) == 2
