@@ -2,20 +2,24 @@
 
 python benchmarks/resilience.py meshes
 python benchmarks/resilience.py chaos [--kills 20] [--seed 0]
+python benchmarks/resilience.py damage
 
-Both train a tiny LoMDM on the text of LICENSE, in CPU processes that exchange over gloo. The first
-compares every mesh of two and four processes with one. The second kills runs at random moments,
-starts them again, and compares the end with that of a run left alone: three fifths of the kills on
-one mesh, where every bit must agree, the rest with another mesh at each start. The moments are
-random by nature; the seed decides on the plan. Each command writes its section of resilience.md and
-exits with 1 if a check fails.
+All train a tiny LoMDM on the text of LICENSE, in CPU processes that exchange over gloo, and exit
+with 1 if a check fails; each writes its section of resilience.md.
+
+meshes compares every mesh of two and four processes with one process.
+
+chaos kills runs at random moments, starts them again, and compares the end with that of a run left
+alone: three fifths of the kills on one mesh, where every bit must agree, the rest with another mesh
+at each start. The moments are random by nature; the seed decides on the plan.
+
+damage cuts in half, empties and deletes every file of a checkpoint in turn, and tries to go on.
 """
 
 import argparse
 import csv
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -424,35 +428,116 @@ def chaos_section(outcomes: dict[str, Outcome]) -> list[str]:
     return lines
 
 
+# --- Damaged files ---
+
+DAMAGES: dict[str, Callable[[pathlib.Path], Any]] = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+def damage(folder: pathlib.Path) -> dict[tuple[str, str], str]:
+    """By file of the newest checkpoint and damage: "named", where a run would say that it is
+    damaged and go on from the one before; "unseen", where it is no longer taken for a checkpoint,
+    with the same effect; "harmless", where all of the state is there nevertheless; otherwise what
+    is wrong."""
+    workdir = folder / "damage"
+    changes = ("train.steps=4", "train.eval_every=4", "checkpoint.every=2")
+    complete(folder, arguments(folder, workdir, ONE, *changes), ONE)
+    attempt, newest = reader(folder, workdir, changes), workdir / "checkpoints" / "4"
+    whole, found = attempt(), {}
+    for path in sorted(path for path in newest.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for name, harm in DAMAGES.items():
+            harm(path)
+            found[str(path.relative_to(newest)), name] = judged(attempt, whole)
+            path.write_bytes(content)
+    return found
+
+
+def reader(
+    folder: pathlib.Path, workdir: pathlib.Path, changes: Sequence[str]
+) -> Callable[[], Any]:
+    """A function that restores the newest checkpoint as a run does: its step, state and data."""
+    import jax
+
+    from lomdm_jax.main import parse
+    from lomdm_jax.run import start as start_run
+    from lomdm_jax.training import checkpoint, initial
+    from lomdm_jax.training.optimizer import make_optimizer
+
+    run = start_run(parse(arguments(folder, workdir, ONE, *changes)).config, workdir)
+    target = initial.target(run, make_optimizer(run.config.optimizer))
+
+    def attempt() -> Any:
+        checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", 2, create=False)
+        step = checkpoints.latest()
+        checkpoint.check_facts(
+            checkpoints.facts(step), checkpoint.facts(run.config, run.prepared), resume=True
+        )
+        return step, jax.device_get(tuple(checkpoints.restore(step, target)))
+
+    return attempt
+
+
+def judged(attempt: Callable[[], Any], whole: Any) -> str:
+    import jax
+
+    from lomdm_jax.training.checkpoint import Damaged
+
+    try:
+        step, restored = attempt()
+    except Damaged:
+        return "named"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:100]
+    if step != whole[0]:
+        return "unseen"
+    same = jax.tree.map(lambda a, b: bool(np.all(a == b)), restored, whole[1])
+    return "harmless" if all(jax.tree.leaves(same)) else "GARBAGE"
+
+
+def damage_section(found: dict[tuple[str, str], str]) -> list[str]:
+    lines = [f"| file | {' | '.join(DAMAGES)} |", f"|{' --- |' * (len(DAMAGES) + 1)}"]
+    for path in dict.fromkeys(path for path, _ in found):
+        lines.append(f"| {' | '.join([path, *(found[path, name] for name in DAMAGES)])} |")
+    return lines
+
+
 def write(name: str, lines: list[str]) -> None:
     """Replace one section of resilience.md."""
     import jax
     import orbax.checkpoint as ocp
 
-    path = ROOT / "benchmarks" / "resilience.json"
-    sections = json.loads(path.read_text()) if path.exists() else {}
+    path = ROOT / "benchmarks" / "resilience.md"
+    head, *sections = (
+        path.read_text().split("\n## ") if path.exists() else ["# Killed, and moved\n"]
+    )
+    title = f"`python benchmarks/resilience.py {name}`"
+    kept = [
+        section for section in sections if not section.startswith(title.split(" --")[0].rstrip("`"))
+    ]
     versions = f"jax {jax.__version__}, orbax-checkpoint {ocp.__version__}"
-    sections[name] = [f"## `python benchmarks/resilience.py {name}`", "", versions, "", *lines, ""]
-    path.write_text(json.dumps(sections))
-    text = "\n".join(line for section in sorted(sections) for line in sections[section])
-    head = "# The same on any mesh, and after being killed\n\n"
-    (ROOT / "benchmarks" / "resilience.md").write_text(head + text)
+    kept.append("\n".join([title, "", versions, "", *lines, ""]))
+    path.write_text("\n## ".join([head, *sorted(kept)]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("meshes", "chaos"))
+    parser.add_argument("what", choices=("meshes", "chaos", "damage"))
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     folder = pathlib.Path(tempfile.mkdtemp(prefix="resilience-"))
     try:
-        return _meshes(folder) if options.what == "meshes" else _chaos(folder, options)
+        commands = {"meshes": _meshes, "chaos": _chaos, "damage": _damage}
+        return commands[options.what](folder, options)
     finally:
         shutil.rmtree(folder)
 
 
-def _meshes(folder: pathlib.Path) -> int:
+def _meshes(folder: pathlib.Path, options: argparse.Namespace) -> int:
     found = meshes(folder, MESHES)
     lines = meshes_section(found)
     print("\n".join(lines))
@@ -473,6 +558,14 @@ def _chaos(folder: pathlib.Path, options: argparse.Namespace) -> int:
     print("\n".join(lines))
     write(f"chaos --kills {options.kills} --seed {options.seed}", lines)
     return int(any(o.faults or any(kill.fault for kill in o.kills) for o in outcomes.values()))
+
+
+def _damage(folder: pathlib.Path, options: argparse.Namespace) -> int:
+    found = damage(folder)
+    lines = damage_section(found)
+    print("\n".join(lines))
+    write("damage", lines)
+    return int(bool(set(found.values()) - {"named", "unseen", "harmless"}))
 
 
 if __name__ == "__main__":
