@@ -512,7 +512,7 @@ def write(name: str, lines: list[str]) -> None:
 
     path = ROOT / "benchmarks" / "resilience.md"
     head, *sections = (
-        path.read_text().split("\n## ") if path.exists() else ["# Killed, and moved\n"]
+        path.read_text().split("\n## ") if path.exists() else ["# Killed, moved, damaged\n"]
     )
     title = f"`python benchmarks/resilience.py {name}`"
     kept = [
