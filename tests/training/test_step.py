@@ -110,15 +110,16 @@ RANKED = dict(order__name="lomdm-ranked", objective__blank_share=0.25, objective
 SORTS = {"continuous": {}, "order": {}, "order, ranked": RANKED}
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 8, 1), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("sort", SORTS)
 def test_any_mesh_gives_the_losses_of_one_device(sort, sizes):
     config = tiny(objective__name=sort.partition(",")[0], **SORTS[sort])
     assert_close(run(config)[1], run(config, sizes)[1], 2e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("sort", SORTS)
+@pytest.mark.parametrize(
+    ("sort", "remat"), [("continuous", "full"), ("order", "dots"), ("order, ranked", "full")]
+)
 def test_what_is_computed_again_changes_nothing(sort, remat):
     """Neither losses nor, with Adam's large eps, parameters; dropout included."""
     changes = dict(objective__name=sort.partition(",")[0], optimizer__eps=1e-2, **SORTS[sort])
