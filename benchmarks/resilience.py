@@ -46,9 +46,9 @@ MESHES: list[Sizes] = [
     *[(2, 1, 1), (1, 2, 1), (1, 1, 2)],
     *[(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)],
 ]
-# Seconds in which processes notice that another is gone: at once in an exchange, but at a barrier
-# only by JAX's heartbeat, after 100. Launchers do not wait for that and stop them; so it is here.
-PATIENCE = 10.0
+# Seconds in which processes must notice that another is gone. Before they have joined they wait for
+# it for minutes, and are stopped here as a launcher stops them.
+PATIENCE, STARTING = 60.0, 10.0
 
 # Trains as usual, and writes down a hash of every global batch as it lies on the devices.
 RECORDING = """
@@ -219,7 +219,7 @@ class Kill(NamedTuple):
 
 class Killed(NamedTuple):
     """What came of a kill: the step it was at, that it went on from, seconds until the processes
-    had ended, by themselves if less than PATIENCE; and what went wrong ("" for nothing)."""
+    had ended (STARTING: then they were stopped), and what went wrong ("" for nothing)."""
 
     kill: Kill
     at: int
@@ -242,6 +242,7 @@ class Chaos:
     """A run that is killed and started again until it is done.
 
     sizes: the mesh of each start, called with its number.
+    every: steps from checkpoint to checkpoint.
     changes: of the config, besides those of `arguments`.
     """
 
@@ -250,10 +251,11 @@ class Chaos:
         folder: pathlib.Path,
         workdir: pathlib.Path,
         sizes: Callable[[int], Sizes],
+        every: int,
         changes: Sequence[str],
         chance: random.Random,
     ):
-        self._folder, self._workdir, self._sizes = folder, workdir, sizes
+        self._folder, self._workdir, self._sizes, self._every = folder, workdir, sizes, every
         self._changes, self._chance = changes, chance
         self._log = folder / f"{workdir.name}.txt"
 
@@ -261,20 +263,32 @@ class Chaos:
         """What came of each kill; the run is complete afterwards."""
         found: list[Killed] = []
         for number, kill in enumerate(kills):
+            expected = self._resumed_after()
             children = self._start(number)
             self._wait_for(kill.moment, children)
-            known, at = self._steps(), self._step()
+            known, at = self._steps(), self._step() if self._said("compiled") else expected
             seconds, fault = self._end(children, kill)
-            said = re.findall(r"terminated at step (\d+)", self._log.read_text())
-            at = int(said[-1]) if said else at
-            resumed = self._resumed_after()
+            said = self._said(r"terminated at step (\d+)")
+            at, resumed = int(said[-1]) if said else at, self._resumed_after()
             fault = fault or self._judge(kill, children, known, at, resumed, bool(said))
+            fault = fault or self._misled(expected)
             found.append(Killed(kill, at, resumed, seconds, fault))
             print(f"{number + 1}/{len(kills)} {describe(found[-1])}", flush=True)
+        expected = self._resumed_after()
         statuses = [child.wait() for child in self._start(len(kills))]
-        if any(statuses):
+        if any(statuses) or self._misled(expected):
             raise RuntimeError(f"ended with {statuses}:\n{self._log.read_text()[-3000:]}")
         return found
+
+    def _said(self, pattern: str) -> list[str]:
+        return re.findall(pattern, self._log.read_text())
+
+    def _misled(self, expected: int) -> str:
+        """Whether this start went on from another step than the newest checkpoint's."""
+        went = self._said(r"continuing from step (\d+)")
+        began = int(went[0]) if went else 0
+        late = went or self._said("compiled")  # else it did not come so far
+        return f"went on from {began}, not {expected}" if late and began != expected else ""
 
     def _start(self, number: int) -> list[subprocess.Popen]:
         sizes = self._sizes(number)
@@ -304,7 +318,7 @@ class Chaos:
             time.sleep(chance.uniform(0, 5))
             return
         goal = first + chance.randint(3, 15)
-        while self._running(children) and "compiled" not in self._log.read_text():
+        while self._running(children) and not self._said("compiled"):
             time.sleep(0.05)
         while self._running(children) and not (self._step() >= goal):
             time.sleep(0.002)
@@ -326,9 +340,9 @@ class Chaos:
         for child in children if kill.target == "all" else [self._chance.choice(children)]:
             child.send_signal(kill.signal)
         while any(child.poll() is None for child in children):
-            if time.monotonic() - started > PATIENCE:
+            if time.monotonic() - started > (STARTING if kill.moment == "start" else PATIENCE):
                 local_processes.stop(children, 1.0)
-                break
+                return STARTING, "" if kill.moment == "start" else "the others did not notice"
             time.sleep(0.01)
         return time.monotonic() - started, ""
 
@@ -348,6 +362,8 @@ class Chaos:
             return "" if resumed == at else f"step {at} was saved, {resumed} is there"
         if resumed < max(known, default=0):
             return f"checkpoint {max(known)} was complete and is not there"
+        if at - resumed >= 2 * self._every:  # one checkpoint may have been in writing
+            return f"{at - resumed} steps are lost"
         return ""
 
 
@@ -389,7 +405,7 @@ def chaos(
         complete(folder, arguments(folder, alone, base, *changes), base)
     others = [ONE, *MESHES[:3]]
     pick = (lambda number: base) if same else (lambda number: others[number % len(others)])
-    found = Chaos(folder, killed, pick, changes, chance).run(kills)
+    found = Chaos(folder, killed, pick, every, changes, chance).run(kills)
     faults = [f"left behind or missing: {name}" for name in left_behind(killed, alone)]
     ours, theirs = (computed(path / "train.csv") for path in (killed, alone))
     if [row["step"] for row in ours] != [str(number) for number in range(1, steps + 1)]:

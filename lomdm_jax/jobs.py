@@ -68,7 +68,12 @@ def train(run: Run, resume: str = "auto") -> Any:
             writer=writers["train"],
             cost=Cost(flops, peak(run.mesh)),
         )
-        state = loop.run(state, batches)
+        try:
+            state = loop.run(state, batches)
+        except jax.errors.JaxRuntimeError as error:
+            # At once: to close would be to wait for a save that a lost process has a part in.
+            multihost.abandon(error)
+            raise
     if first >= config.train.steps:
         print(f"already trained to step {first}; config.train.steps asks for no more", flush=True)
         evaluator(state.ema)

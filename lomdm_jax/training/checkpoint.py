@@ -212,6 +212,8 @@ class Checkpoints:
         """Says what it means that writing failed, in the background or at once."""
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # an exchange with another process failed, not the disk
         except Exception as error:
             good = self.latest()
             intact = "There was none before" if good is None else f"Step {good} is intact"
