@@ -219,7 +219,7 @@ class Kill(NamedTuple):
 
 class Killed(NamedTuple):
     """What came of a kill: the step it was at, that it went on from, seconds until the processes
-    had ended (STARTING: then they were stopped), and what went wrong ("" for nothing)."""
+    had ended (from STARTING on they were stopped), and what went wrong ("" for nothing)."""
 
     kill: Kill
     at: int
@@ -342,7 +342,8 @@ class Chaos:
         while any(child.poll() is None for child in children):
             if time.monotonic() - started > (STARTING if kill.moment == "start" else PATIENCE):
                 local_processes.stop(children, 1.0)
-                return STARTING, "" if kill.moment == "start" else "the others did not notice"
+                waited = time.monotonic() - started
+                return waited, "" if kill.moment == "start" else "the others did not notice"
             time.sleep(0.01)
         return time.monotonic() - started, ""
 
