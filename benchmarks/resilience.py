@@ -313,7 +313,7 @@ class Chaos:
         return int(number) if number.isdigit() else 0
 
     def _wait_for(self, moment: str, children: list[subprocess.Popen]) -> None:
-        chance, first = self._chance, max(self._steps(), default=0)
+        chance, first = self._chance, self._resumed_after()
         if moment == "start":
             time.sleep(chance.uniform(0, 5))
             return

@@ -80,7 +80,7 @@ def row(name: str, case: Case, report: dict[str, Any]) -> str:
         f"{moved / 1e9:.2f}",
         *(f"{1e3 * seconds:,.1f}" for seconds in report["seconds"].values()),
         f"{low:,.0f} to {high:,.0f}",
-        *("{:,.0f} to {:,.0f}".format(*report["tokens_per_second"]),),
+        "{:,.0f} to {:,.0f}".format(*report["tokens_per_second"]),
         "{:.0%} to {:.0%}".format(*report["mfu"]),
         f"{report['compiling']:.0f}",
     ]

@@ -207,10 +207,11 @@ def _run(command: Command) -> int:
         print(f"prepared in {prepared.folder}")
         return 0
     # JAX starts only once the command line is known to be sound.
-    from lomdm_jax import jobs
     from lomdm_jax.distributed import multihost
 
     if command.job == "compile":
+        from lomdm_jax import jobs
+
         jobs.compile(config, workdir, command.topology)
         return 0
     multihost.initialise(command.distributed)

@@ -3,7 +3,6 @@
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
@@ -25,8 +24,6 @@ from lomdm_jax.training.checkpoint import (
 from lomdm_jax.training.loop import Batches
 from lomdm_jax.training.optimizer import make_optimizer
 from lomdm_jax.training.state import TrainState, init_state
-
-RESUME = "auto, never or the step of a checkpoint"
 
 
 def initial(
@@ -62,14 +59,12 @@ def initial(
 
 def fresh(run: Run | Plan, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     """A jitted function that makes the state before the first step, where it is to be."""
-    params, key = parameters(run), run.config.train.seed
-    make = lambda: init_state(params(jax.random.key(key)), optimizer)  # noqa: E731
+
+    def make() -> TrainState:
+        key = jax.random.key(run.config.train.seed)
+        return init_state(init_params(run.config, run.rows, key), optimizer)
+
     return jax.jit(make, out_shardings=partition.shardings(run.mesh, jax.eval_shape(make)))
-
-
-def parameters(run: Run | Plan) -> Callable[[jax.Array], Any]:
-    """From a key to parameters before the first step."""
-    return lambda key: init_params(run.config, run.rows, key)
 
 
 def saved_state(run: Run) -> TrainState:
