@@ -114,21 +114,24 @@ def workdir_of(options: argparse.Namespace, text: str, seed: int) -> pathlib.Pat
 
 def train(options: argparse.Namespace, text: str, seed: int, snapshots: int) -> None:
     """Train, stopping to look at the order; what was seen goes to found.json."""
-    from lomdm_jax import jobs
+    from lomdm_jax.jobs.evaluate import describe_order
+    from lomdm_jax.jobs.sample import sample
+    from lomdm_jax.jobs.train import train as run_training
     from lomdm_jax.orders.learned import TRIALS
     from lomdm_jax.run import start
+    from lomdm_jax.training.initial import saved_state
 
     workdir, found = workdir_of(options, text, seed), []
     workdir.mkdir(parents=True, exist_ok=True)
     last = options.steps if snapshots > 1 else 3 * options.steps // 5
     for steps in np.linspace(trial_steps(options), last, snapshots + 1).astype(int)[1:]:
         run = start(make_config(options, text, seed, int(steps)), workdir)
-        params = jobs.train(run)
-        jobs.describe_order(run, params)
+        params = run_training(run)
+        describe_order(run, params)
         found.append({"step": int(steps), **seen(workdir, params)})
     found.insert(0, {"step": 0, **seen(workdir, params, "before")})
-    jobs.write_samples(run, params)
-    trials = np.asarray(jobs.saved_state(run).trials) / run.config.train.random_steps
+    sample(run.trained(params))
+    trials = np.asarray(saved_state(run).trials) / run.config.train.random_steps
     table = np.asarray(params["walk_head"]["table"])
     walk = next(name for name, known in TRIALS.items() if np.array_equal(table, known))
     facts = {"trials": dict(zip(TRIALS, trials.tolist(), strict=True)), "walk": walk}

@@ -45,8 +45,8 @@ def middle(length: int, size: int) -> np.ndarray:
 
 def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, Any]:
     """A run of orders.py, made first if it is not there, and its EMA parameters."""
-    from lomdm_jax import jobs
     from lomdm_jax.run import start
+    from lomdm_jax.training.initial import saved_state
 
     workdir = workdir_of(options, variant, seed)
     if not (workdir / "seconds.json").exists():
@@ -54,7 +54,7 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, 
     config = orders.make_config(options, variant, options.steps)
     config.train.seed = seed
     run = start(config, workdir)
-    return run, jobs.saved_state(run).ema
+    return run, saved_state(run).ema
 
 
 def hidden(run: Any, limit: int, size: int) -> Iterator[dict[str, np.ndarray]]:

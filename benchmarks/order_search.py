@@ -47,12 +47,12 @@ def base_of(options: Any, seed: int) -> pathlib.Path:
 
 
 def train_base(options: Any, seed: int) -> None:
-    from lomdm_jax import jobs
+    from lomdm_jax.jobs.train import train
     from lomdm_jax.run import start
 
     config = orders.make_config(options, BASE, options.steps)
     config.train.seed = seed
-    jobs.train(start(config, base_of(options, seed)))
+    train(start(config, base_of(options, seed)))
 
 
 def flops(run: Any, optimizer: Any, state: Any) -> tuple[Any, float]:
@@ -92,8 +92,8 @@ def with_walk(run: Any, state: Any, name: str) -> Any:
 def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
     """Passes of a step relative to masked diffusion's, and the bound at each of WHEN."""
 
-    from lomdm_jax import jobs
     from lomdm_jax.data import pipeline
+    from lomdm_jax.jobs.evaluate import make_evaluator
     from lomdm_jax.run import start
     from lomdm_jax.training.optimizer import make_optimizer
 
@@ -109,7 +109,7 @@ def fork(options: Any, variant: str, seed: int) -> dict[str, float]:
     state, unit = started(options, run, optimizer, seed)
     state = with_walk(run, state, walk)
     step, work = flops(run, optimizer, state)
-    score = jobs.make_evaluator(run)
+    score = make_evaluator(run)
     batches = pipeline.train_batches(run.prepared, config.train.batch_size, seed + 1000)
     key, bounds = run.key(seed), {}
     when = [0, round(options.fork_steps * unit / work), options.fork_steps]

@@ -142,7 +142,8 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
 
 def train(options: argparse.Namespace, variant: str, seed: int, budgets: list[int]) -> None:
     """Train to each number of steps in turn, going on from the one before."""
-    from lomdm_jax import jobs
+    from lomdm_jax.jobs.evaluate import describe_order
+    from lomdm_jax.jobs.train import train as run_training
     from lomdm_jax.run import start
 
     workdir = workdir_of(options, variant, seed)
@@ -152,9 +153,9 @@ def train(options: argparse.Namespace, variant: str, seed: int, budgets: list[in
         config = make_config(options, variant, steps)
         config.train.seed = seed
         run = start(config, workdir)
-        params = jobs.train(run)
+        params = run_training(run)
         seconds[steps] = time.perf_counter() - started
-    jobs.describe_order(run, params)
+    describe_order(run, params)
     (workdir / "seconds.json").write_text(json.dumps(seconds))
 
 

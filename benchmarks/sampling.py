@@ -66,7 +66,7 @@ def make_config(options: argparse.Namespace, variant: str) -> Any:
 
 def trained(options: argparse.Namespace, order: str) -> tuple[Any, Any]:
     """The order's run on the full length and its EMA parameters."""
-    from lomdm_jax import jobs
+    from lomdm_jax.jobs.train import train
     from lomdm_jax.run import start
 
     seed = options.seeds[0]
@@ -75,7 +75,7 @@ def trained(options: argparse.Namespace, order: str) -> tuple[Any, Any]:
     workdir = long_workdir_of(options, order)
     workdir.mkdir(parents=True, exist_ok=True)
     run = start(make_config(options, order), workdir)
-    return run, jobs.train(run)
+    return run, train(run)
 
 
 def long_workdir_of(options: argparse.Namespace, order: str) -> pathlib.Path:

@@ -2,20 +2,23 @@
 expensive does. Defaults follow MDLM's published recipe (kuleshov-group/mdlm, configs/) where it
 has one; a file in configs/ changes what differs."""
 
+import json
+import pathlib
 import re
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
 from lomdm_jax.data import prepare
-from lomdm_jax.errors import UserError
+from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.models.transformer import REMAT
 from lomdm_jax.objectives.leave_one_out import groups
 
 DTYPES = ("float32", "bfloat16")
-SAMPLERS = ("ancestral", "race")
+SAMPLERS = ("race", "ancestral", "velocity", "confidence", "margin", "entropy")
 LAYOUTS = ("own", "ranked")
-GRIDS = ("even", "linear")
+GRIDS = ("even", "linear", "cosine")
 GIVEN = ("posterior", "text")
 ON_BAD_STEP = ("stop", "skip")
 
@@ -144,23 +147,73 @@ _DEFAULTS = {
         "draws": 8,  # estimates per sequence, stratified
         "sequences": 0,  # how many validation sequences to score; 0 for all
         "estimator": "order",  # time-free: both bounds with the least noise
+        # More rounds of draws follow until the bound's error from the draws alone, in nats per
+        # token, is at most this; 0 for one round.
+        "draw_error": 0.0,
         "seed": 1,
     },
     "sample": {
-        "sampler": "race",  # exact; "ancestral" for a fixed number of calls
-        "reveal": 1,  # race: positions per network call; 1 is exact
-        # Ranked layout: a call reveals fewer than that if drawing their tokens independently could
-        # lose more than this many nats, by the sum of their entropies less the largest.
+        # Which positions a network call reveals. "race": drawn by the order's own weights, exact
+        # with reveal = 1; "ancestral": those of a step on a time grid; "velocity": the likeliest by
+        # the order; "confidence", "margin", "entropy": those of whose token the network is surest.
+        "sampler": "race",
+        "reveal": 1,  # all but ancestral: positions per network call at most
+        # "confidence", "margin", "velocity": a call reveals only positions that score at least this
+        # (probabilities; "entropy": at most so many nats), but one always; 0 for no bound.
+        "threshold": 0.0,
+        # A call reveals fewer positions if drawing their tokens independently could lose more than
+        # this many nats, by the sum of their entropies less the largest.
         "dependence": float("inf"),
+        "steps": 64,  # ancestral: steps; what reveals nothing costs no network call
+        # Ancestral: steps even in progress, or the literature's, "linear" in t or "cosine".
+        "grid": "even",
+        # Ancestral: share of the greatest chance with which a step may mask tokens again (ReMDM,
+        # arXiv 2503.00307, rescaled); 0 for never.
+        "remask": 0.0,
+        "order_temperature": 1.0,  # race, ancestral: log-weights of positions are divided by it
+        "temperature": 1.0,  # logits of tokens are divided by it; 0 takes the likeliest token
+        "top_k": 0,  # tokens are drawn among so many likeliest; 0 for all
+        "top_p": 1.0,  # and among the likeliest that have this probability together
+        # Tokens per sequence, 0 for data.length. More need blocks.
+        "length": 0,
+        # Blocks of so many positions are filled from left to right; 0 for the order's own.
+        "block": 0,
+        # What follows the first end of text that is generated, is left out and not generated.
+        "stop_at_eos": False,
         # Ranked layout: prompt and suffix are read as the "posterior" of the order would reveal
         # them, which is what the network has met; or from left to right, as in the "text".
         "given": "posterior",
-        "steps": 64,  # ancestral: network calls
-        "grid": "even",  # ancestral: even progress, or the literature's "linear" in t
-        "count": 8,  # sequences
-        "prompt": "",  # text that every sample starts with
+        "count": 8,  # sequences, of each prompt
+        # Text that every sample starts with. [[N]] in it stands for a blank of N tokens.
+        "prompt": "",
         "suffix": "",  # text that every sample ends with
+        "prompts": "",  # a file with a prompt in each line instead
         "seed": 2,
+    },
+    "score": {  # --job score: the bounds of one text, and what each token costs when revealed
+        "text": "",
+        "file": "",  # read instead; longer text than data.length is scored in pieces
+        "prefix": "",  # given, not scored: the likelihood is that of the text between
+        "suffix": "",
+        "orders": 16,  # orders drawn: their mean is the bound, all together tighten it
+    },
+    "generative": {  # --job generative: samples under a judge, over network calls
+        # "hf:NAME", a causal model of Hugging Face; or the folder of a run of ours with order "ar".
+        "judge": "hf:gpt2-large",
+        "samplers": "race,ancestral,confidence",
+        "calls": "8,16,32,64,128",  # network calls per sample, as near as each sampler can come
+        "samples": 64,
+    },
+    "report": {  # --job report: orders side by side on the same text
+        "runs": "",  # folders of further runs, with commas
+        "texts": "",  # a file with a text in each line; "" for the validation text, "samples"
+        "sequences": 64,
+    },
+    "serve": {  # --job serve: a local page
+        "host": "127.0.0.1",
+        "port": 7860,
+        "runs": "",  # folders of further runs to choose from, with commas
+        "queue": 16,  # requests that may wait
     },
     "mesh": {  # devices; data x fsdp x tensor of them
         "data": -1,  # copies of the model, which share each batch; -1 for all that are left
@@ -178,6 +231,43 @@ _DEFAULTS = {
 def default_config() -> ConfigDict:
     """A fresh copy of the default configuration."""
     return ConfigDict(_DEFAULTS)
+
+
+def completed(values: dict[str, dict[str, Any]]) -> ConfigDict:
+    """The default configuration with these values by section and name, as a run saves them.
+
+    Raises:
+      UserError: there is no such key.
+    """
+    config = default_config()
+    for section, entries in values.items():
+        for name, value in entries.items():
+            if section not in config or name not in config[section]:
+                raise UserError(
+                    f"The saved config has {section}.{name} = {value!r}, which this version does "
+                    "not know: use the version that trained the run."
+                )
+            config[section][name] = value
+    return config
+
+
+def saved_config(folder: pathlib.Path) -> ConfigDict:
+    """The config that a run's folder holds; keys that it lacks have their defaults.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{folder} is no folder of a run ({error.strerror}: config.json): give the --workdir "
+            "of its training, or a --config."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file} is damaged: {one_line(error)}.") from error
+    return completed(values)
 
 
 def validate(config: ConfigDict) -> None:

@@ -2,16 +2,17 @@
 
 import contextlib
 import difflib
+import importlib
 import os
 import pathlib
 import runpy
 import sys
 import textwrap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lomdm_jax.config import validate
+from lomdm_jax.config import saved_config, validate
 from lomdm_jax.data.prepare import describe, prepare
 from lomdm_jax.data.presets import PRESETS, apply
 from lomdm_jax.errors import UserError
@@ -19,7 +20,7 @@ from lomdm_jax.errors import UserError
 HELP = """\
 lomdm_jax: masked text diffusion with the generation order under control.
 
-usage: python -m lomdm_jax.main --config configs/FILE.py[:ORDER] [--data PRESET] [--job JOB]
+usage: python -m lomdm_jax.main [--config configs/FILE.py[:ORDER]] [--data PRESET] [--job JOB]
                                 [--workdir DIR] [--resume auto|never|STEP]
                                 [--topology NAME] [--distributed HOW]
                                 [--config.SECTION.KEY=VALUE ...]
@@ -29,7 +30,12 @@ jobs
   train      prepare the data, train (from the newest checkpoint in the workdir, if any),
              evaluate, sample, and draw the order; the default
   evaluate   both likelihood bounds of a checkpoint on the validation set, and what its order is
+  zero-shot  the bounds on the seven sets on which models of OpenWebText are tried
   sample     text from a checkpoint, and the order in which it was generated
+  score      the likelihood of a text, or of a part of it given the rest, token by token
+  generative perplexity of samples under a judge, with their entropy, over network calls
+  report     the orders of one or several runs side by side on the same text: pages and figures
+  serve      a local page to try a run in: prompts, blanks, samplers, tokens as they appear
   compile    whether the training step fits, and how fast it should be, on the devices that are
              here or on a TPU slice that is not: --topology v5e:4x4. Needs no data
 
@@ -70,7 +76,10 @@ The workdir is runs/<config>[-<order>] unless given. It holds config.json, train
 TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png, samples.jsonl,
 order.html and order.png.
 """
-JOBS = ("prepare", "train", "evaluate", "sample", "compile")
+# What needs data, and what needs but a trained model; of a trained run both know the config.
+WITH_DATA = ("train", "evaluate", "zero-shot")
+WITH_MODEL = ("sample", "score", "generative", "report", "serve")
+JOBS = ("prepare", "compile", *WITH_DATA, *WITH_MODEL)
 OPTIONS = ("config", "data", "job", "workdir", "resume", "topology", "distributed")
 
 
@@ -109,13 +118,10 @@ def parse(argv: list[str]) -> Command:
       UserError: for an unknown option, key or job, a missing file or a bad value.
     """
     options, overrides = _split(argv)
-    if "config" not in options:
-        raise UserError("--config is missing: for a first run, --config configs/quickstart.py")
     job = options.get("job", "train")
     if job not in JOBS:
         raise UserError(f"--job is {job!r}: use one of {', '.join(JOBS)}.")
-    path, _, argument = options["config"].partition(":")  # the argument may hold a colon too
-    config = load_config(path, argument)
+    config, name = _config_of(options, job)
     if "data" in options:
         apply(config, options["data"])
     for key, text in overrides:
@@ -126,10 +132,23 @@ def parse(argv: list[str]) -> Command:
         raise UserError(f"--resume is {resume!r}: use auto, never or the step of a checkpoint.")
     if "topology" in options and job != "compile":
         raise UserError(f"--topology is for --job compile, not {job}.")
-    name = "-".join(filter(None, [pathlib.Path(path).stem, argument.replace(":", "-")]))
     workdir = pathlib.Path(options.get("workdir", pathlib.Path("runs", name)))
     others = {name: options[name] for name in ("topology", "distributed") if name in options}
     return Command(config, job, workdir, resume, **others)
+
+
+def _config_of(options: dict[str, str], job: str) -> tuple[ConfigDict, str]:
+    """The config that the options name, and a name for its run's folder."""
+    if "config" in options:
+        path, _, argument = options["config"].partition(":")  # the argument may hold a colon too
+        name = "-".join(filter(None, [pathlib.Path(path).stem, argument.replace(":", "-")]))
+        return load_config(path, argument), name
+    if "workdir" in options and job in (*WITH_DATA, *WITH_MODEL):
+        return saved_config(pathlib.Path(options["workdir"])), ""
+    raise UserError(
+        "--config is missing: for a first run, --config configs/quickstart.py; for a run that is "
+        "trained, its --workdir is enough."
+    )
 
 
 def _split(argv: list[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
@@ -210,9 +229,9 @@ def _run(command: Command) -> int:
     from lomdm_jax.distributed import multihost
 
     if command.job == "compile":
-        from lomdm_jax import jobs
+        from lomdm_jax.jobs.compile import compile
 
-        jobs.compile(config, workdir, command.topology)
+        compile(config, workdir, command.topology)
         return 0
     multihost.initialise(command.distributed)
     try:
@@ -232,23 +251,38 @@ def _run(command: Command) -> int:
 def _on_devices(command: Command) -> int:
     import jax
 
-    from lomdm_jax import jobs
     from lomdm_jax.run import start
-    from lomdm_jax.training.loop import Terminated
+    from lomdm_jax.trained import load
 
+    job = command.job.replace("-", "_")
+    do = getattr(importlib.import_module(f"lomdm_jax.jobs.{job}"), job)
+    if command.job in WITH_MODEL:
+        trained = load(command.workdir, command.config)
+        with jax.set_mesh(trained.mesh):
+            do(trained)
+        return 0
     run = start(command.config, command.workdir)
     with jax.set_mesh(run.mesh):
-        if command.job != "train":
-            {"evaluate": jobs.evaluate, "sample": jobs.sample}[command.job](run)
-            return 0
-        try:
-            params = jobs.train(run, command.resume)
-        except Terminated as end:
-            print(f"{end}, which is saved; the same command continues there", file=sys.stderr)
-            return 143
-        jobs.describe_order(run, params)
-        jobs.write_samples(run, params)
+        if command.job == "train":
+            return _train(run, command.resume)
+        do(run)
         return 0
+
+
+def _train(run: Any, resume: str) -> int:
+    from lomdm_jax.jobs.evaluate import describe_order
+    from lomdm_jax.jobs.sample import sample
+    from lomdm_jax.jobs.train import train
+    from lomdm_jax.training.loop import Terminated
+
+    try:
+        params = train(run, resume)
+    except Terminated as end:
+        print(f"{end}, which is saved; the same command continues there", file=sys.stderr)
+        return 143
+    describe_order(run, params)
+    sample(run.trained(params))
+    return 0
 
 
 if __name__ == "__main__":

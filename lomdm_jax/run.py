@@ -16,6 +16,7 @@ from lomdm_jax.distributed import multihost
 from lomdm_jax.generator import Generator, make_generator
 from lomdm_jax.objectives import Objective, make_objective
 from lomdm_jax.objectives.nelbo import targets_of
+from lomdm_jax.trained import Trained
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -69,11 +70,16 @@ class Run(NamedTuple):
 
     def key(self, seed: int) -> jax.Array:
         """A PRNG key on every device."""
-        return jax.jit(lambda: jax.random.key(seed), out_shardings=meshes.replicated(self.mesh))()
+        return meshes.make_key(self.mesh, seed)
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """jax.jit with results that every process can read."""
-        return jax.jit(function, out_shardings=meshes.replicated(self.mesh))
+        return meshes.run_everywhere(self.mesh, function)
+
+    def trained(self, params: Any) -> Trained:
+        """The model of this run with these parameters."""
+        tokenizer = self.prepared.tokenizer
+        return Trained(self.config, self.workdir, tokenizer, self.generator, self.mesh, params)
 
 
 def start(config: ConfigDict, workdir: pathlib.Path) -> Run:

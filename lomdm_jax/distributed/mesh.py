@@ -6,7 +6,7 @@ sequence. The first two split the batch. How parameters are split is in `partiti
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,16 @@ def place(sharding: NamedSharding, tree: Any) -> Any:
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
     return jax.tree.map(put, tree)
+
+
+def run_everywhere(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """jax.jit with results that every process can read."""
+    return jax.jit(function, out_shardings=replicated(mesh))
+
+
+def make_key(mesh: Mesh, seed: int) -> jax.Array:
+    """A PRNG key on every device."""
+    return run_everywhere(mesh, lambda: jax.random.key(seed))()
 
 
 def own_rows(mesh: Mesh, total: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from lomdm_jax.data.pipeline import Mixture
 from lomdm_jax.data.prepare import Prepared
+from lomdm_jax.data.tokenizers import Tokenizer
 from lomdm_jax.distributed import multihost
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.training.state import TrainState
@@ -254,20 +255,19 @@ def facts(config: ConfigDict, prepared: Prepared, mixture: Mixture = ()) -> dict
 
     `data` says what is trained on: the hash of the training tokens of each corpus, and its weight.
     """
+    corpora = [
+        [corpus.manifest["splits"].get("train", {}).get("sha256", ""), weight]
+        for corpus, weight in ((prepared, 1.0), *mixture)
+    ]
+    return model_facts(config, prepared.tokenizer) | {"data": corpora}
+
+
+def model_facts(config: ConfigDict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """`facts` without those of the training data."""
     flat = {
         f"{section}.{name}": config[section][name] for section in config for name in config[section]
     }
-    tokenizer = prepared.tokenizer
-    return (
-        {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
-        | flat
-        | {
-            "data": [
-                [corpus.manifest["splits"].get("train", {}).get("sha256", ""), weight]
-                for corpus, weight in ((prepared, 1.0), *mixture)
-            ]
-        }
-    )
+    return {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint} | flat
 
 
 def check_facts(saved: dict[str, Any], current: dict[str, Any], *, resume: bool) -> None:

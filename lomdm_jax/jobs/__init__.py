@@ -1,0 +1,1 @@
+"""What the command line does: one module per job, with the function of its name."""
