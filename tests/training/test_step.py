@@ -1,5 +1,6 @@
 """The training step: what it must equal, and what it must not depend on."""
 
+import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
