@@ -46,7 +46,7 @@ def who_sees_whom() -> np.ndarray:
 def slots_seen(rank: int) -> np.ndarray:
     """Which slots of the cache the query of this rank sees, bool [L]."""
     width = LENGTH + 1  # the last column is the query's own
-    view = Cached(jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), rank), write=False)
+    view = Cached(*jnp.zeros((2, 1, 1), jnp.int32), jnp.full((1, 1), rank), jnp.arange(LENGTH))
     memory = Memory(heads(LENGTH, width), heads(LENGTH, width, one_hot=0))
     blind, value = heads(1, width), heads(1, width, one_hot=LENGTH)
     return np.asarray(view.attend(blind, blind, value, memory)[0])[0, 0, 0, :LENGTH] > 0

@@ -14,11 +14,11 @@ from lomdm_jax.data import prepare
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.models.transformer import REMAT
 from lomdm_jax.objectives.leave_one_out import groups
+from lomdm_jax.sampling.ancestral import GRIDS
+from lomdm_jax.sampling.best import SCORES
 
 DTYPES = ("float32", "bfloat16")
-SAMPLERS = ("race", "ancestral", "velocity", "confidence", "margin", "entropy")
 LAYOUTS = ("own", "ranked")
-GRIDS = ("even", "linear", "cosine")
 GIVEN = ("posterior", "text")
 ON_BAD_STEP = ("stop", "skip")
 
@@ -150,6 +150,9 @@ _DEFAULTS = {
         # More rounds of draws follow until the bound's error from the draws alone, in nats per
         # token, is at most this; 0 for one round.
         "draw_error": 0.0,
+        # Whole trajectories per sequence, whose weights together give a tighter bound; 0 for none.
+        # A network that scores states is called for every token of each.
+        "trajectories": 0,
         "seed": 1,
     },
     "sample": {
@@ -184,6 +187,7 @@ _DEFAULTS = {
         # them, which is what the network has met; or from left to right, as in the "text".
         "given": "posterior",
         "count": 8,  # sequences, of each prompt
+        "batch_size": 16,  # sequences at a time; what is drawn does not depend on it
         # Text that every sample starts with. [[N]] in it stands for a blank of N tokens.
         "prompt": "",
         "suffix": "",  # text that every sample ends with
@@ -200,20 +204,27 @@ _DEFAULTS = {
     "generative": {  # --job generative: samples under a judge, over network calls
         # "hf:NAME", a causal model of Hugging Face; or the folder of a run of ours with order "ar".
         "judge": "hf:gpt2-large",
+        # With changes to the section `sample` if need be: "ancestral@grid=linear,race@top_p=0.9".
         "samplers": "race,ancestral,confidence",
         "calls": "8,16,32,64,128",  # network calls per sample, as near as each sampler can come
-        "samples": 64,
+        "samples": 64,  # of each sampler at each number of calls
+        # Real text, judged as well: a file with a text in each line, "" for none.
+        "reference": "",
     },
     "report": {  # --job report: orders side by side on the same text
         "runs": "",  # folders of further runs, with commas
-        "texts": "",  # a file with a text in each line; "" for the validation text, "samples"
-        "sequences": 64,
+        # A file with a text in each line, each at most as long as a sequence; "samples" for what
+        # each run has generated; "" for the validation text.
+        "texts": "",
+        "sequences": 64,  # texts at most; 0 for all
     },
     "serve": {  # --job serve: a local page
         "host": "127.0.0.1",
         "port": 7860,
         "runs": "",  # folders of further runs to choose from, with commas
         "queue": 16,  # requests that may wait
+        "samples": 8,  # per request at most
+        "characters": 20_000,  # of a prompt and its suffix at most
     },
     "mesh": {  # devices; data x fsdp x tensor of them
         "data": -1,  # copies of the model, which share each batch; -1 for all that are left
@@ -287,17 +298,21 @@ _POSITIVE = (
     "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
     "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
     "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
-    "sample.count checkpoint.every checkpoint.keep objective.order_share"
+    "sample.count sample.batch_size sample.order_temperature checkpoint.every checkpoint.keep "
+    "objective.order_share score.orders generative.samples serve.samples serve.characters"
 ).split()
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
     "data.vocab_size data.group data.workers "
-    "eval.sequences sample.dependence train.seed train.spike eval.seed sample.seed"
+    "eval.sequences eval.draw_error eval.trajectories eval.seed "
+    "sample.dependence sample.threshold sample.temperature sample.top_k "
+    "sample.length sample.block sample.seed train.seed train.spike "
+    "serve.port serve.queue"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "
     "objective.reconstruction_share data.valid_share objective.uniform_share "
-    "objective.blank_share"
+    "objective.blank_share sample.remask"
 ).split()
 _ABOVE_ZERO = ("objective.eps", "objective.reconstruction_share", "data.valid_share")
 
@@ -335,7 +350,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.layout": LAYOUTS,
         "model.remat": tuple(REMAT),
         "train.on_bad_step": ON_BAD_STEP,
-        "sample.sampler": SAMPLERS,
+        "sample.sampler": (*SCORES, "ancestral"),
         "sample.grid": GRIDS,
         "sample.given": GIVEN,
     }
@@ -381,14 +396,7 @@ def _check_combinations(config: ConfigDict) -> None:
             "train.batch_size",
             f"it must be a multiple of train.micro_batches = {config.train.micro_batches}.",
         )
-    if made.groups is not None and config.sample.sampler == "ancestral":
-        _reject(
-            config,
-            "sample.sampler",
-            f"order.name = {order.name!r} reveals group after group, and a time step may cross "
-            "from one to the next before it is complete: use 'race', with sample.reveal for more "
-            "than one position of a group at a time.",
-        )
+    _check_sample(config, made)
     if made.one_pass(config.model.layout) == "order":
         _check_ranked(config, made)
     elif config.objective.blank_share:
@@ -453,6 +461,60 @@ def _check_groups(config: ConfigDict) -> None:
         )
 
 
+def _check_sample(config: ConfigDict, order: orders.Order) -> None:
+    sample = config.sample
+    if not 0 < sample.top_p <= 1:
+        _reject(config, "sample.top_p", "it must lie in (0, 1]; 1 is for all tokens.")
+    if sample.remask and (sample.sampler, sample.grid) not in (
+        ("ancestral", "linear"),
+        ("ancestral", "cosine"),
+    ):
+        remedy = "steps mask again on a grid of times: use sample.sampler = 'ancestral' with "
+        _reject(config, "sample.remask", remedy + "sample.grid = 'linear' or 'cosine', or 0.")
+    greedy = sample.sampler in SCORES and sample.sampler != "race"
+    if greedy and sample.order_temperature != 1:
+        remedy = f"sample.sampler = {sample.sampler!r} draws no positions: use 1.0."
+        _reject(config, "sample.order_temperature", remedy)
+    if sample.threshold and not greedy:
+        _reject(config, "sample.threshold", f"sample.sampler = {sample.sampler!r} has none: use 0.")
+    for key, nothing in (("threshold", 0.0), ("dependence", float("inf"))):
+        if sample[key] != nothing and (sample.reveal == 1 or sample.sampler == "ancestral"):
+            remedy = "it bounds how many of sample.reveal positions a call reveals: set that to "
+            _reject(config, f"sample.{key}", remedy + f"2 or more, or this to {nothing}.")
+    if sample.stop_at_eos and sample.suffix:
+        _reject(config, "sample.stop_at_eos", "sample.suffix ends every sample: use one of both.")
+    if sample.prompts and sample.prompt:
+        _reject(config, "sample.prompts", "sample.prompt is set too: use one of both.")
+    _check_blocks(config, order)
+
+
+def _check_blocks(config: ConfigDict, order: orders.Order) -> None:
+    window, block = config.data.length, config.sample.block
+    length, one_pass = config.sample.length or window, order.one_pass(config.model.layout)
+    permuted = False
+    if one_pass == "groups":
+        assert order.groups is not None
+        group_L, given = order.groups(window), block
+        block = int((group_L == 0).sum())
+        permuted = bool((group_L[1:] < group_L[:-1]).any())
+        if given not in (0, block):
+            remedy = f"the network was trained in blocks of {block}, those of the order: use 0."
+            _reject(config, "sample.block", remedy)
+    if one_pass == "order" or permuted:
+        for key, allowed in (("length", (0, window)), ("block", (0,))):
+            if config.sample[key] not in allowed:
+                remedy = f"order.name = {config.order.name!r} is one of all {window} positions"
+                _reject(config, f"sample.{key}", f"{remedy} that it was trained on: use 0.")
+        return
+    if length > window and not block:
+        remedy = f"the network was trained on {window} tokens: set sample.block, so that it goes "
+        _reject(config, "sample.length", remedy + "on from block to block, or use 0.")
+    if block and (length % block or block > window):
+        key = "sample.block" if config.sample.block else "sample.length"
+        remedy = f"blocks of {block} must divide {length} tokens and be at most {window} long."
+        _reject(config, key, remedy)
+
+
 def _check_walk(config: ConfigDict) -> None:
     for key in ("objective.name", "eval.estimator"):
         if leaf(config, key) != "order":
@@ -492,6 +554,9 @@ def _check_clip_noise(config: ConfigDict, order: orders.Order) -> None:
 
 
 def _check_time_conditioning(config: ConfigDict, order: orders.Order) -> None:
+    if config.sample.block:
+        remedy = "with model.time_conditioning there is one time for all positions: use 0."
+        _reject(config, "sample.block", remedy)
     if order.groups is not None:
         _reject(
             config,
@@ -502,6 +567,7 @@ def _check_time_conditioning(config: ConfigDict, order: orders.Order) -> None:
         "objective.name": "continuous",
         "eval.estimator": "continuous",
         "sample.sampler": "ancestral",
+        "eval.trajectories": 0,
     }
     for key, value in needed.items():
         if leaf(config, key) != value:

@@ -11,11 +11,10 @@ from ml_collections import ConfigDict
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.order_head import Pointed
 from lomdm_jax.models.transformer import Sizes
-from lomdm_jax.models.visibility import Memory
 from lomdm_jax.objectives.nelbo import Reverse
 from lomdm_jax.orders import Order, make_order
 from lomdm_jax.orders.learned import TRIALS, trial_of
-from lomdm_jax.orders.schedule import Schedule, Walk, Weights
+from lomdm_jax.orders.schedule import Schedule, Walk
 
 # MDLM's log-linear noise: sigma(t) = -log(1 - (1 - 1e-3) t), finite at t = 1.
 SIGMA_EPS = 1e-3
@@ -63,10 +62,10 @@ class Generator(NamedTuple):
 
     def forward(self, params: Any, x_BL: jax.Array) -> Schedule:
         """The forward schedule of the clean tokens x, parameters [B, L]."""
-        module = self._module(params)
+        module = self.module(params)
         if self.random:
-            return self._schedule(module, jnp.zeros(x_BL.shape))
-        return self._schedule(module, module.forward_scores(x_BL, self.segments_BL))
+            return self.schedule(module, jnp.zeros(x_BL.shape))
+        return self.schedule(module, module.forward_scores(x_BL, self.segments_BL))
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
@@ -83,7 +82,7 @@ class Generator(NamedTuple):
                 None if a_BL is None else jnp.repeat(a_BL, count, axis=0)
                 for a_BL in (context_BL, self.segments_BL)
             )
-            module = self._module(params)
+            module = self.module(params)
             found_N = module.denoise(
                 _rows(z_KBL),
                 self._sigma(log_t_B, count),
@@ -95,21 +94,19 @@ class Generator(NamedTuple):
             logits, scores = jax.tree.map(
                 lambda a: jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1), found_N
             )
-            return logits, self._schedule(module, scores)
+            return logits, self.schedule(module, scores)
 
         return call
 
-    def recaller(self, params: Any, length: int) -> "Recall":
-        """The model as `sampling.recall` calls it, for sequences of `length` tokens."""
-        return Recall(self, self._module(params), length)
-
-    def _module(self, params: Any) -> Denoiser:
+    def module(self, params: Any) -> Denoiser:
+        """The network with these parameters; for `at_random` the heads' are zero."""
         if self.random:  # rates per token also tilt the logits
             heads = {name: params[name] for name in params if name.endswith("_head")}
             params = params | jax.tree.map(jnp.zeros_like, heads)
         return nnx.merge(self.graphdef, params)
 
-    def _schedule(self, module: Denoiser, scores: jax.Array | Pointed) -> Schedule:
+    def schedule(self, module: Denoiser, scores: jax.Array | Pointed) -> Schedule:
+        """From what a pass of the network scores to the schedule of the order."""
         log_w = scores.log_w if isinstance(scores, Pointed) else scores
         schedule = self.order.schedule(jnp.zeros_like(log_w) if self.random else log_w)
         if not self.order.walks or (self.random and not self.on_trial):
@@ -127,29 +124,6 @@ class Generator(NamedTuple):
         if not self.time_conditioning or log_t_B is None:
             return None
         return jnp.repeat(-jnp.log1p(-(1 - SIGMA_EPS) * jnp.exp(log_t_B)), count)
-
-
-class Recall(NamedTuple):
-    """See `sampling.recall.Recaller`."""
-
-    generator: Generator
-    module: Denoiser
-    length: int
-
-    def start(self, rows: int) -> tuple[list[Memory], Weights]:
-        shape = (rows, self.length)
-        pointer = self.module.scores == "pointer"
-        scores = self.module.prior_head.tables(rows) if pointer else jnp.zeros(shape)
-        schedule = self.generator._schedule(self.module, scores)
-        return self.module.backbone.memories(*shape), schedule.weights()
-
-    def read(
-        self, memory: Any, tokens_BQ: jax.Array, positions_BQ: jax.Array, slots_BQ: jax.Array
-    ) -> tuple[jax.Array | None, Any]:
-        return self.module.read(tokens_BQ, positions_BQ, slots_BQ, memory)
-
-    def ask(self, memory: Any, positions_BQ: jax.Array, slots_BQ: jax.Array) -> jax.Array:
-        return self.module.ask(positions_BQ, slots_BQ, memory)
 
 
 def apart(generator: Generator, segments_BL: jax.Array | None) -> Generator:

@@ -113,7 +113,6 @@ def checked_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None
     """The mesh of the config, whose batches it can split; devices: None for those present."""
     mesh = meshes.make_mesh(**config.mesh, devices=devices)
     meshes.check_divides(mesh, "eval.batch_size", config.eval.batch_size)
-    meshes.check_divides(mesh, "sample.count", config.sample.count)
     rows = config.train.batch_size // config.train.micro_batches
     meshes.check_divides(mesh, "train.batch_size / train.micro_batches", rows)
     return mesh

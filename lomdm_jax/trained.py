@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,6 +15,7 @@ from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed import partition
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.generator import Generator, init_params, make_generator
+from lomdm_jax.sampling.driver import row_keys
 from lomdm_jax.training.checkpoint import Checkpoints, by_name, check_facts, model_facts
 
 
@@ -37,6 +39,11 @@ class Trained(NamedTuple):
     def key(self, seed: int) -> jax.Array:
         """A PRNG key on every device."""
         return meshes.make_key(self.mesh, seed)
+
+    def row_keys(self, seed: int, index_B: np.ndarray) -> jax.Array:
+        """A PRNG key for each of these rows, split like `place`; it depends on nothing else."""
+        keys = jax.jit(row_keys, out_shardings=meshes.over_batch(self.mesh))
+        return keys(self.key(seed), self.place(index_B))
 
     def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """jax.jit with results that every process can read."""

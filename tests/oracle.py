@@ -14,6 +14,9 @@ import numpy as np
 
 from lomdm_jax.objectives.nelbo import Terms, remove_mask
 from lomdm_jax.orders.schedule import Power
+from lomdm_jax.sampling.blocks import InBlocks
+from lomdm_jax.sampling.contexts import Whole
+from lomdm_jax.sampling.tokens import Filter
 
 
 class TableModel(NamedTuple):
@@ -57,6 +60,17 @@ class TableModel(NamedTuple):
             return params["logits"][code], self.schedule(params["reverse"][code])
 
         return call
+
+
+def sampler(model: TableModel, chooser: Any, *, length: int = 0, size: int = 0, **options: Any):
+    """A sampler of a table model, which sees all of its length at once; see `InBlocks`."""
+    length = length or model.length
+
+    def context(params: Any) -> Whole:
+        return Whole(model, params, length, min(length, model.length), size or length)
+
+    options = {"filter": Filter(), "mask_id": model.mask_id} | options
+    return InBlocks(context, chooser, **options).sampler()
 
 
 def sequences(length: int, vocab: int) -> np.ndarray:

@@ -3,17 +3,25 @@ near that is to left to right, and whether what comes first is what the network 
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from lomdm_jax.evaluation.likelihood import over_batches, ratio
-from lomdm_jax.evaluation.order_report import ACCENT, GREY, INK
+from lomdm_jax.evaluation.likelihood import over_batches
+from lomdm_jax.evaluation.order_charts import INK, Chart, Reference, Series, draw
+from lomdm_jax.evaluation.order_classes import CLASSES, classes
+from lomdm_jax.evaluation.order_means import (
+    Mean,
+    correlation,
+    kendall_tau,
+    mean_of,
+    mean_where,
+    relative_rank,
+)
 from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective
 from lomdm_jax.objectives.nelbo import batch_of
@@ -22,7 +30,6 @@ from lomdm_jax.orders.race import row_ranks
 # Sequences that the statistics read: tau of a random order is then known to 0.005 at L = 32.
 SEQUENCES = 512
 RARE = 30  # a class with fewer tokens is not drawn: its mean says little
-CLASSES = ("word start", "inside a word", "number", "punctuation", "white space", "end of text")
 
 
 class Draw(NamedTuple):
@@ -37,14 +44,6 @@ class Draw(NamedTuple):
     mask_BL: Any
     velocity_BL: Any
     confidence_BL: Any
-
-
-class Mean(NamedTuple):
-    """A mean, its standard error over sequences, and how many values are in it."""
-
-    mean: float
-    standard_error: float
-    values: int
 
 
 class Statistics(NamedTuple):
@@ -116,73 +115,22 @@ def summarise(
 ) -> Statistics:
     """See `measure`; arrays [N, L] of sequences with a counted token each, and of those only."""
     rank_NL = relative_rank(draws.rank_BL, counted_NL)
-    taus = [
-        stats.kendalltau(np.flatnonzero(counted_L), rank_L[counted_L]).statistic
-        for rank_L, counted_L in zip(rank_NL, counted_NL, strict=True)
-    ]
     mask_NL = draws.mask_BL & counted_NL
     velocity, confidence = (a[mask_NL] for a in (draws.velocity_BL, draws.confidence_BL))
     within = [
-        _correlation(stats.spearmanr, v[mask], c[mask])
+        correlation(stats.spearmanr, v[mask], c[mask])
         for mask, v, c in zip(mask_NL, draws.velocity_BL, draws.confidence_BL, strict=True)
     ]
-    class_NL = classes(tokens_NL, pieces)
     return Statistics(
-        kendall_tau=_mean(np.array(taus)),
-        velocity_confidence=_mean(np.array(within)),
-        velocity_confidence_pooled=_correlation(stats.pearsonr, velocity, confidence),
-        rank_by_position=[_mean(rank_N) for rank_N in rank_NL.T],
+        kendall_tau=mean_of(kendall_tau(rank_NL, counted_NL, np.arange(rank_NL.shape[-1]))),
+        velocity_confidence=mean_of(np.array(within)),
+        velocity_confidence_pooled=correlation(stats.pearsonr, velocity, confidence),
+        rank_by_position=[mean_of(rank_N) for rank_N in rank_NL.T],
         rank_by_class={
-            name: _mean_where(rank_NL, counted_NL & (class_NL == number))
-            for number, name in enumerate(CLASSES)
+            name: mean_where(rank_NL, member_NL)
+            for name, member_NL in classes(tokens_NL, counted_NL, pieces).items()
         },
     )
-
-
-def relative_rank(rank_NL: np.ndarray, counted_NL: np.ndarray) -> np.ndarray:
-    """Reveal rank among the counted positions, 0 first and 1 last; nan elsewhere, float [N, L]."""
-    count_N1 = counted_NL.sum(axis=-1, keepdims=True)
-    first_N1 = counted_NL.shape[-1] - count_N1
-    rank_NL = np.where(counted_NL, rank_NL, -1).argsort(-1).argsort(-1)  # the others come before
-    return np.where(counted_NL, (rank_NL - first_N1) / np.maximum(count_N1 - 1, 1), np.nan)
-
-
-def classes(tokens_NL: np.ndarray, pieces: Callable[[list[int]], list[str]]) -> np.ndarray:
-    """The index in CLASSES of every token, int [N, L]."""
-    ids, inverse = np.unique(tokens_NL, return_inverse=True)
-    named = [CLASSES.index(token_class(piece)) for piece in pieces(ids.tolist())]
-    return np.array(named)[inverse].reshape(tokens_NL.shape)
-
-
-def token_class(piece: str) -> str:
-    """One of CLASSES, by the first character that is not white space."""
-    text = piece.lstrip()
-    if piece == "⏎":  # how tokenizers show the end of a text
-        return "end of text"
-    if not text:
-        return "white space"
-    if text[0].isalpha():
-        return "inside a word" if text == piece else "word start"
-    return "number" if text[0].isdigit() else "punctuation"
-
-
-def _correlation(measure: Callable[..., Any], x: np.ndarray, y: np.ndarray) -> float:
-    """nan where one is constant, or there are fewer than three values."""
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(measure(x, y).statistic)
-
-
-def _mean(values: np.ndarray) -> Mean:
-    return _mean_where(values[:, None], ~np.isnan(values)[:, None])
-
-
-def _mean_where(values_NL: np.ndarray, where_NL: np.ndarray) -> Mean:
-    count = int(where_NL.sum())
-    if not count:
-        return Mean(float("nan"), float("nan"), 0)
-    sums_N = np.sum(values_NL, axis=-1, where=where_NL)
-    return Mean(*ratio(sums_N, where_NL.sum(axis=-1)), count)
 
 
 def report(before: Statistics, after: Statistics) -> str:
@@ -210,10 +158,12 @@ def write(
     table, picture = folder / "order_statistics.json", folder / "order_statistics.png"
     both = {"order": order, "before": before, "after": after}
     table.write_text(json.dumps(_plain(both), indent=2) + "\n")
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    _draw_positions(left, before, after)
-    _draw_classes(right, before, after)
+    named = {"before training": before, "after training": after}
+    draw(left, rank_by_position({name: s.rank_by_position for name, s in named.items()}))
+    draw(right, rank_by_class({name: s.rank_by_class for name, s in named.items()}))
+    left.legend(frameon=False, fontsize=8.5)
     figure.suptitle(
         f"{order}: reveal rank on held-out text, Kendall's tau to left to right "
         f"{before.kendall_tau.mean:+.2f} before training, {after.kendall_tau.mean:+.2f} after",
@@ -235,31 +185,38 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def _draw_positions(axes: Axes, before: Statistics, after: Statistics) -> None:
-    where = np.arange(len(after.rank_by_position))
-    axes.plot(where, where / max(len(where) - 1, 1), "--", color=INK, lw=1, label="left to right")
-    # What was before is drawn larger, so that it shows where nothing has changed.
-    for found, colour, label, lw in ((before, GREY, "before", 4), (after, ACCENT, "after", 1.8)):
-        mean, error = (np.array([m[i] for m in found.rank_by_position], float) for i in range(2))
-        axes.plot(where, mean, color=colour, lw=lw, label=f"{label} training")
-        bounds = (mean - 1.96 * error, mean + 1.96 * error)
-        axes.fill_between(where, *bounds, color=colour, alpha=0.25, lw=0)
-    axes.set(xlabel="position (tokens)", ylabel="mean reveal rank (0 first, 1 last)")
-    axes.set(xlim=(-0.5, len(where) - 0.5), ylim=(-0.03, 1.03))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5)
+def rank_by_position(runs: Mapping[str, Sequence[Mean]]) -> Chart:
+    """Mean reveal rank at each position, for every run."""
+    length = max(map(len, runs.values()))
+    ends = np.array([0.0, max(length - 1, 1)])
+    return Chart(
+        name="rank_by_position",
+        title="Reveal rank by position",
+        caption="Where in the text the order begins and ends: a falling line goes from right to "
+        "left, a level one has no direction.",
+        x="position (tokens)",
+        y="reveal rank (0 first, 1 last)",
+        series=[Series(name, np.arange(len(means)), means) for name, means in runs.items()],
+        references=[
+            Reference("left to right", ends, np.array([0.0, 1.0])),
+            Reference("random order", ends, np.array([0.5, 0.5])),
+        ],
+    )
 
 
-def _draw_classes(axes: Axes, before: Statistics, after: Statistics) -> None:
-    present = [name for name in CLASSES if after.rank_by_class[name].values >= RARE]
-    where = np.arange(len(present))[::-1]
-    for found, colour, size in ((before, GREY, 9), (after, ACCENT, 5)):
-        means = [found.rank_by_class[name] for name in present]
-        errors = [1.96 * m.standard_error for m in means]
-        axes.errorbar(
-            [m.mean for m in means], where, xerr=errors, fmt="o", ms=size, color=colour, capsize=2
-        )
-    axes.axvline(0.5, color=GREY, lw=0.8, ls=":")
-    axes.set_yticks(where, present)
-    axes.set(xlabel="mean reveal rank, 95% interval", ylim=(-0.6, len(present) - 0.4))
-    axes.spines[["top", "right"]].set_visible(False)
+def rank_by_class(runs: Mapping[str, Mapping[str, Mean]]) -> Chart:
+    """Mean reveal rank of each kind of token that no run has few of, for every run."""
+    present = [name for name in CLASSES if all(m[name].values >= RARE for m in runs.values())]
+    where = np.arange(len(present))
+    rows = {name: [means[kind] for kind in present] for name, means in runs.items()}
+    return Chart(
+        name="rank_by_class",
+        title="Reveal rank by kind of token",
+        caption=f"Which tokens come early and which late. Kinds with fewer than {RARE} tokens are "
+        "left out; a fifth is one of all tokens, by how often they occur in these texts.",
+        x="kind of token",
+        y="reveal rank (0 first, 1 last)",
+        series=[Series(name, where, means) for name, means in rows.items()],
+        references=[Reference("random order", np.array([0.5, 0.5]), np.array([-0.6, where.size]))],
+        categories=present,
+    )

@@ -2,14 +2,14 @@
 
 import json
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
-import jax
 import numpy as np
 
 from lomdm_jax.distributed import multihost
-from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.sampling import make_sampler
+from lomdm_jax.generation import Generated, generate
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.trained import Trained
 
@@ -17,75 +17,59 @@ from lomdm_jax.trained import Trained
 SHOWN = 3
 
 
-def sample(run: Trained) -> None:
+def sample(model: Trained) -> None:
     """Generate `sample.count` sequences; write samples.jsonl, order.html and order.png."""
-    samples = _generate(run)
+    generated = generate(model, model.config.sample)
     if not multihost.leads():
         return
-    tokenizer = run.tokenizer
-    texts = [tokenizer.decode(row.tolist()) for row in samples.tokens_BL]
-    with open(run.workdir / "samples.jsonl", "w", encoding="utf-8") as file:
-        for text, tokens_L, steps_L in zip(
-            texts, samples.tokens_BL, samples.revealed_BL, strict=True
-        ):
-            record = {
-                "text": text,
-                "tokens": tokens_L.tolist(),
-                "revealed": steps_L.tolist(),
-                "calls": int(samples.calls),
-            }
+    samples = generated.samples
+    with open(model.workdir / "samples.jsonl", "w", encoding="utf-8") as file:
+        for record in records(generated):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    for number, text in enumerate(texts[:SHOWN], start=1):
-        print(f"--- sample {number} ({int(samples.calls)} network calls)\n{text}", flush=True)
-    for path in _draw_order(run, samples):
+    for number, text in enumerate(generated.texts[:SHOWN], start=1):
+        calls = int(samples.calls_B[number - 1])
+        print(f"--- sample {number} ({calls} network calls)\n{text}", flush=True)
+    print(f"{generated.tokens_per_second:,.0f} tokens per second, compiling apart", flush=True)
+    for path in _draw_order(model, samples):
         print(f"wrote {path}", flush=True)
 
 
-def _generate(run: Trained) -> Samples:
-    """`sample.count` sequences around the prompt and the suffix, on the host."""
-    tokens_BL, given_BL = _given(run)
-    key = run.key(run.config.sample.seed)
-    sampler = run.jit(make_sampler(run.config.sample, run.generator))
-    return jax.device_get(sampler(run.params, key, run.place(tokens_BL), run.place(given_BL)))
+def records(generated: Generated) -> Iterator[dict[str, Any]]:
+    """Each sample as JSON-able values: its text, and by position the token, the step that revealed
+    it (0 if given), the order's probability of the position and the log-probability (nats) of the
+    token."""
+    samples = generated.samples
+    for row, text in enumerate(generated.texts):
+        yield {
+            "text": text,
+            "tokens": samples.tokens_BT[row].tolist(),
+            "revealed": samples.revealed_BT[row].tolist(),
+            "share": np.round(samples.share_BT[row], 6).tolist(),
+            "log_p": np.round(samples.log_p_BT[row], 4).tolist(),
+            "length": int(samples.length_B[row]),
+            "calls": int(samples.calls_B[row]),
+        }
 
 
-def _given(run: Trained) -> tuple[np.ndarray, np.ndarray]:
-    """The given tokens int32 [B, L] and where they stand, bool [B, L]."""
-    config, length = run.config.sample, run.config.data.length
-    tokenizer = run.tokenizer
-    prompt, suffix = tokenizer.encode(config.prompt), tokenizer.encode(config.suffix)
-    if run.config.objective.ignore_first and not prompt:
-        prompt = [tokenizer.eos_id]  # the first position is never generated; eos precedes a text
-    if len(prompt) + len(suffix) > length:
-        raise UserError(
-            f"config.sample.prompt ({len(prompt)} tokens) and config.sample.suffix ({len(suffix)} "
-            f"tokens) do not fit in config.data.length = {length}: shorten them."
-        )
-    row = prompt + [0] * (length - len(prompt) - len(suffix)) + suffix
-    given = np.ones(length, bool)
-    given[len(prompt) : length - len(suffix)] = False
-    return np.tile(np.asarray(row, np.int32), (config.count, 1)), np.tile(given, (config.count, 1))
-
-
-def _draw_order(run: Trained, samples: Samples) -> tuple[pathlib.Path, pathlib.Path]:
-    config = run.config.sample
-    pieces = run.tokenizer.pieces
+def _draw_order(model: Trained, samples: Samples) -> tuple[pathlib.Path, pathlib.Path]:
+    config = model.config.sample
+    pieces = model.tokenizer.pieces
     traces = [
         SampleTrace(pieces(tokens_L.tolist()), steps_L)
         for tokens_L, steps_L in zip(
-            samples.tokens_BL[:SHOWN], samples.revealed_BL[:SHOWN], strict=True
+            samples.tokens_BT[:SHOWN], samples.revealed_BT[:SHOWN], strict=True
         )
     ]
     notes = {
-        "order": run.config.order.name,
+        "order": model.config.order.name,
         "sampler": config.sampler,
-        "samples": str(config.count),
-        "network calls": str(int(samples.calls)),
+        "samples": str(len(samples.calls_B)),
+        "network calls": f"{samples.calls_B.mean():.0f}",
     }
     return write_order_report(
-        run.workdir,
+        model.workdir,
         traces,
-        np.stack([trace_rank(steps_L) for steps_L in samples.revealed_BL]),
+        np.stack([trace_rank(steps_L) for steps_L in samples.revealed_BT]),
         title="The order in which the text was generated",
         notes=notes,
     )

@@ -123,33 +123,23 @@ class Denoiser(nnx.Module):
         hidden_BLD = self.backbone.hidden(x_BL, cond_BD, view)
         return self.forward_head(*jax.lax.stop_gradient((hidden_BLD, cond_BD)), view)
 
-    def ask(
-        self, positions_BQ: jax.Array, slots_BQ: jax.Array, memories: Sequence[Any]
-    ) -> jax.Array:
-        """Logits [B, Q, vocab_size] of positions, each as if it alone came next at its slot.
-
-        The ranked layout without what it has read already: see `visibility.Cached`.
-        """
-        tokens_BQ = jnp.full_like(positions_BQ, self.mask_id)
+    def recall(
+        self, tokens_BQ: jax.Array, view: Cached, memories: Sequence[Any]
+    ) -> tuple[jax.Array, Sequence[Any]]:
+        """Hidden states [B, Q, width] of a few tokens that see what is remembered, and what is
+        remembered afterwards: the layouts that follow an order, without what they read before."""
         cond_BD = self._condition(tokens_BQ, None)
-        view = Cached(positions_BQ, slots_BQ, write=False)
-        hidden_BQD, _ = self.backbone.recall(tokens_BQ, cond_BD, view, memories)
-        return self.backbone.output_layer(hidden_BQD, cond_BD)
+        return self.backbone.recall(tokens_BQ, cond_BD, view, memories)
 
-    def read(
-        self,
-        tokens_BQ: jax.Array,
-        positions_BQ: jax.Array,
-        slots_BQ: jax.Array,
-        memories: Sequence[Any],
-    ) -> tuple[jax.Array | None, Sequence[Any]]:
-        """Remember tokens as the contents of their slots (ranks), those beyond the end not; and
-        what a pointer says of the moves from each, float32 [B, Q, 2 W + 1]."""
-        view = Cached(positions_BQ, slots_BQ, write=True)
-        cond_BD = self._condition(tokens_BQ, None)
-        hidden_BQD, memories = self.backbone.recall(tokens_BQ, cond_BD, view, memories)
-        moves = self.prior_head.moves(hidden_BQD) if self.scores == "pointer" else None
-        return moves, memories
+    def predict(self, hidden_BQD: jax.Array) -> jax.Array:
+        """Logits, float32 [B, Q, vocab_size], of such hidden states."""
+        nothing_B = jnp.zeros(len(hidden_BQD))
+        return self.backbone.output_layer(hidden_BQD, self.backbone.condition(nothing_B))
+
+    def moves(self, hidden_BQD: jax.Array) -> jax.Array | None:
+        """What a pointer says of the moves from each content, float32 [B, Q, 2 W + 1]; None where
+        there is no pointer."""
+        return self.prior_head.moves(hidden_BQD) if self.scores == "pointer" else None
 
     def _layout(
         self,

@@ -148,35 +148,42 @@ def _cut(a: jax.Array) -> jax.Array:
 
 
 class Cached(NamedTuple):
-    """A few new tokens that see what a memory holds, and, if they are queries, themselves.
+    """A few new tokens that see some of what a memory holds: for generation.
 
-    For generation in any order: slot s of the memory is the content of rank s, so a content
-    that is written there sees the slots up to its own, and a query those before its rank.
+    Contents are written into their slots first, so that they see each other and themselves there.
+    Queries are not, and see, besides the memory, either each other or themselves only.
 
     positions: int32 [B, Q].
-    slots: int32 [B, Q], ranks of the new tokens.
-    write: whether they are contents, to be remembered.
+    low, high: int32 [B, Q]; a token sees the slots that hold a rank in [low, high).
+    held: int32 [S], the rank that each slot holds, once the contents are written.
+    slots: int32 [B, Q], where the contents go, beyond the end for nowhere; None for queries.
+    together: whether queries see each other.
     """
 
     positions: jax.Array
-    slots: jax.Array
-    write: bool
+    low: jax.Array
+    high: jax.Array
+    held: jax.Array
+    slots: jax.Array | None = None
+    together: bool = False
 
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, memory: Any
     ) -> tuple[jax.Array, Any]:
-        if self.write:
-            rows = jnp.arange(len(key))[:, None]
+        if self.slots is not None:
+            rows, slots = jnp.arange(len(key))[:, None], self.slots
             pairs = zip(memory, (key, value), strict=True)
-            memory = Memory(*(old.at[rows, self.slots].set(new, mode="drop") for old, new in pairs))
-            mixed = _in_parts(query, memory.key, memory.value, self.slots, self._up_to(memory))
-            return mixed, memory
-        size, new = memory.key.shape[1], key.shape[1]
-        before = jnp.arange(size) < self.slots[..., None]
-        itself = jnp.broadcast_to(jnp.eye(new, dtype=bool), (*self.slots.shape, new))
-        mask = jnp.concatenate([before, itself], axis=-1)[:, None]
+            memory = Memory(*(old.at[rows, slots].set(new, mode="drop") for old, new in pairs))
+            span = (self.low, self.high)
+            return _in_parts(query, memory.key, memory.value, span, self._sees), memory
+        new = key.shape[1]
+        others = jnp.ones((new, new), bool) if self.together else jnp.eye(new, dtype=bool)
+        others = jnp.broadcast_to(others, (*self.low.shape, new))
+        mask = jnp.concatenate([self._sees((self.low, self.high)), others], axis=-1)[:, None]
         key, value = (jnp.concatenate(a, 1) for a in zip(memory, (key, value), strict=True))
         return jax.nn.dot_product_attention(query, key, value, mask=mask), memory
 
-    def _up_to(self, memory: Memory) -> Callable[[jax.Array], jax.Array]:
-        return lambda slots: jnp.arange(memory.key.shape[1]) <= slots[..., None]
+    def _sees(self, span: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Which slots rows with these bounds see, bool [B, R, S]."""
+        low, high = (a[..., None] for a in span)
+        return (self.held >= low) & (self.held < high)

@@ -108,6 +108,11 @@ class Schedule(Protocol):
         """The schedule in the state where `masked`, bool [..., L], is hidden."""
         ...
 
+    def flattened(self, temperature: float) -> "Schedule":
+        """The schedule in a given state with its log-weights divided by the temperature, and the
+        clock as it was: the mean rate stays. 1 for the same order, more for a flatter one."""
+        ...
+
 
 class Power(NamedTuple):
     """m_i(t) = t^e_i: masked diffusion (e = 1), polynomial (e = c) and learned exponents alike.
@@ -128,6 +133,14 @@ class Power(NamedTuple):
 
     def at(self, masked: jax.Array) -> "Power":
         return self
+
+    def flattened(self, temperature: float) -> "Power":
+        log_e = self.log_exponents
+        change = [
+            sign * jax.nn.logsumexp(a, -1, keepdims=True)
+            for sign, a in ((1, log_e), (-1, log_e / temperature))
+        ]
+        return self if temperature == 1 else Power(log_e / temperature + sum(change))
 
 
 class Walk(NamedTuple):
@@ -158,6 +171,9 @@ class Walk(NamedTuple):
     def at(self, masked: jax.Array) -> Power:
         return Power(self.weights().at(masked).log_w)
 
+    def flattened(self, temperature: float) -> "Walk":
+        return jax.tree.map(lambda a: a / temperature, self)
+
 
 def _no_time() -> UserError:
     return UserError(
@@ -185,6 +201,9 @@ class Cosine(NamedTuple):
         return Weights(self.zeros, jnp.zeros(self.zeros.shape, jnp.int32))
 
     def at(self, masked: jax.Array) -> "Cosine":
+        return self
+
+    def flattened(self, temperature: float) -> "Cosine":
         return self
 
 
@@ -218,6 +237,9 @@ class Windows(NamedTuple):
         return Weights(jnp.zeros(self.group.shape, jnp.float32), self.group)
 
     def at(self, masked: jax.Array) -> "Windows":
+        return self
+
+    def flattened(self, temperature: float) -> "Windows":
         return self
 
 

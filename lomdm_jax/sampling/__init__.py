@@ -1,60 +1,93 @@
 """Samplers by name."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from lomdm_jax.generator import Generator
 from lomdm_jax.orders.race import invert, row_ranks
-from lomdm_jax.sampling import driver, recall
 from lomdm_jax.sampling.ancestral import Ancestral
-from lomdm_jax.sampling.driver import Chooser, Samples
-from lomdm_jax.sampling.race import Race
+from lomdm_jax.sampling.best import Best
+from lomdm_jax.sampling.blocks import InBlocks
+from lomdm_jax.sampling.choice import Chooser
+from lomdm_jax.sampling.contexts import Blocks, Causal, Context, Recall, Whole
+from lomdm_jax.sampling.driver import Sampler
+from lomdm_jax.sampling.recall import InAnyOrder
+from lomdm_jax.sampling.tokens import Filter
 
-Sampler = Callable[[Any, jax.Array, jax.Array, jax.Array], Samples]
 
+def make_sampler(config: ConfigDict, generator: Generator, eos_id: int, window: int) -> Sampler:
+    """The sampler of a config section `sample`, which `config.validate` has checked.
 
-def make_sampler(config: ConfigDict, generator: Generator) -> Sampler:
-    """(params, key, tokens int32 [B, L], given bool [B, L]) -> Samples, to be jitted: the sampler
-    of the config section `sample`."""
-
-    def sample(params: Any, key: jax.Array, tokens_BL: jax.Array, given_BL: jax.Array) -> Samples:
-        chooser = make_chooser(config, tokens_BL.shape[-1])
-        reverse, mask_id = generator.reverse(params), generator.mask_id
-        return driver.generate(key, reverse, chooser, tokens_BL, given_BL, mask_id=mask_id)
-
-    def sample_ranked(
-        params: Any, key: jax.Array, tokens_BL: jax.Array, given_BL: jax.Array
-    ) -> Samples:
-        length = tokens_BL.shape[-1]
-        key, given_key = jax.random.split(key)
-        if config.given == "text":
-            drawn_BL = jnp.broadcast_to(jnp.arange(length), tokens_BL.shape)
-        else:
-            z_BL = jnp.where(given_BL, tokens_BL, generator.mask_id)
-            weights = generator.forward(params, z_BL).weights().after(given_BL)
-            rows_B = jnp.arange(len(tokens_BL))
-            keys_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(given_key, rows_B)
-            drawn_BL = row_ranks(keys_B, weights, jnp.ones_like(given_BL))
-        rank_BL = invert(invert(jnp.where(given_BL, drawn_BL, length)))
-        return recall.generate(
-            key,
-            generator.recaller(params, length),
-            tokens_BL,
-            jnp.where(given_BL, rank_BL, length).astype(jnp.int32),
-            mask_id=generator.mask_id,
+    eos_id: the token that ends a text, for `stop_at_eos`.
+    window: tokens per sequence in training, `data.length`.
+    """
+    filtered = Filter(config.temperature, config.top_k, config.top_p)
+    common: dict[str, Any] = {
+        "filter": filtered,
+        "mask_id": generator.mask_id,
+        "order_temperature": config.order_temperature,
+        "eos_id": eos_id if config.stop_at_eos else None,
+    }
+    if generator.one_pass == "order":
+        return InAnyOrder(
+            model=lambda params: Recall(generator.schedule, generator.module(params), window),
+            given_ranks=functools.partial(_given_ranks, generator, config.given),
             reveal=config.reveal,
             dependence=config.dependence,
-        )
+            **common,
+        ).sampler()
+    context = functools.partial(_context, config, generator, window)
+    chooser, sees_time = make_chooser(config), generator.time_conditioning
+    return InBlocks(context, chooser, sees_time=sees_time, **common).sampler()
 
-    return sample_ranked if generator.one_pass == "order" else sample
+
+def make_chooser(config: ConfigDict) -> Chooser:
+    """Which positions a step reveals."""
+    if config.sampler == "ancestral":
+        return Ancestral(config.steps, config.grid, config.remask)
+    return Best(config.sampler, config.reveal, config.threshold, config.dependence)
 
 
-def make_chooser(config: ConfigDict, length: int) -> Chooser:
-    """Which positions a call of the network reveals, in sequences of `length` tokens."""
-    if config.sampler == "race":
-        return Race(config.reveal, length)
-    return Ancestral(config.steps, config.grid == "even")
+def length_of(config: ConfigDict, window: int) -> int:
+    """Tokens per sequence of a config section `sample`."""
+    return config.length or window
+
+
+def _context(config: ConfigDict, generator: Generator, window: int, params: Any) -> Context:
+    length = length_of(config, window)
+    if generator.one_pass == "state":
+        seen = min(length, window)
+        return Whole(generator, params, length, seen, config.block or length)
+    module = generator.module(params)
+    assert module.groups is not None
+    group = np.asarray(module.groups)
+    size = int(np.bincount(group)[0])
+    if size > 1:
+        return Blocks(module, length, window, size)
+    left_to_right = (group == np.arange(len(group))).all()
+    return Causal(module, np.arange(length) if left_to_right else np.argsort(group), window)
+
+
+def _given_ranks(
+    generator: Generator,
+    how: str,
+    params: Any,
+    keys_B: jax.Array,
+    tokens_BT: jax.Array,
+    given_BT: jax.Array,
+) -> jax.Array:
+    """When each given position is read, int32 [B, T], T for the others; how: `sample.given`."""
+    length = tokens_BT.shape[-1]
+    if how == "text":
+        drawn_BT = jnp.broadcast_to(jnp.arange(length), tokens_BT.shape)
+    else:
+        z_BT = jnp.where(given_BT, tokens_BT, generator.mask_id)
+        weights = generator.forward(params, z_BT).weights().after(given_BT)
+        drawn_BT = row_ranks(keys_B, weights, jnp.ones_like(given_BT))
+    rank_BT = invert(invert(jnp.where(given_BT, drawn_BT, length)))
+    return jnp.where(given_BT, rank_BT, length).astype(jnp.int32)

@@ -6,35 +6,67 @@ import jax
 import jax.numpy as jnp
 
 from lomdm_jax.orders.schedule import Schedule, unmask_probability
-from lomdm_jax.sampling.driver import Now
+from lomdm_jax.sampling.choice import Choice, Now
+
+GRIDS = ("even", "linear", "cosine")
 
 
 class Ancestral(NamedTuple):
-    """steps: network calls. even: whether steps are even in progress or in t.
+    """steps: of a block; what reveals nothing costs no network call.
 
-    The literature's grid is linear in t; with small exponents most positions then wait for the
-    last step and are revealed at once. With even progress, s is solved for in each row so that
-    the expected number of reveals is (masked positions) / (calls left).
+    grid: "linear" in t, as in the literature; "cosine", t = cos(pi/2 n/steps), which reveals few at
+      first (MaskGIT, arXiv 2202.04200); or "even" in progress. With small exponents a linear grid
+      leaves most positions to the last step, which reveals them at once. With even progress, s is
+      solved for in each row so that the expected number of reveals is (masked positions) / (steps
+      left).
+    remask: the share of the greatest chance at which what was revealed is masked again, so that
+      later steps can mend it (ReMDM, arXiv 2503.00307, section 4, the rescaled schedule).
     """
 
     steps: int
-    even: bool
+    grid: str = "even"
+    remask: float = 0.0
 
     @property
-    def max_calls(self) -> int:
-        return self.steps
+    def least_steps(self) -> int:
+        return self.steps if self.remask else 0
 
-    def __call__(self, now: Now) -> tuple[jax.Array, jax.Array]:
-        left = self.steps - now.call
-        if self.even:
-            log_s_B = even_progress(now.schedule, now.masked_BL, now.log_t_B, left)
+    def score(self, log_p_BKV: jax.Array, log_share_BK: jax.Array) -> jax.Array:
+        return log_share_BK
+
+    def __call__(self, now: Now) -> Choice:
+        log_s_B = self._next_time(now)
+        reveal_BK = unmask_probability(now.schedule, now.log_t_B, log_s_B)
+        shape = now.open_BK.shape[1:]
+        uniform_BK = jax.vmap(lambda key: jax.random.uniform(key, shape))(now.keys_B)
+        if not self.remask:
+            return Choice((uniform_BK < reveal_BK) & now.open_BK, log_s_B)
+        hide_BK, reveal_BK = _remasking(now.schedule, now.log_t_B, log_s_B, self.remask)
+        hide_BK = (uniform_BK < hide_BK) & now.shown_BK
+        return Choice((uniform_BK < reveal_BK) & now.open_BK, log_s_B, hide_BK)
+
+    def _next_time(self, now: Now) -> jax.Array:
+        left, share = self.steps - now.step, (now.step + 1) / self.steps
+        if self.grid == "even":
+            log_s_B = even_progress(now.schedule, now.open_BK, now.log_t_B, left)
         else:
-            log_s_B = jnp.broadcast_to(jnp.log((left - 1) / self.steps), now.log_t_B.shape)
-        log_s_B = jnp.where(left == 1, -jnp.inf, log_s_B)
-        probability_BL = unmask_probability(now.schedule, now.log_t_B, log_s_B)
-        shape = now.masked_BL.shape[1:]
-        uniform_BL = jax.vmap(lambda key: jax.random.uniform(key, shape))(now.keys_B)
-        return uniform_BL < probability_BL, log_s_B
+            s = 1 - share if self.grid == "linear" else jnp.cos(jnp.pi / 2 * share)
+            log_s_B = jnp.broadcast_to(jnp.log(s), now.log_t_B.shape)
+        return jnp.where(left <= 1, -jnp.inf, log_s_B)
+
+
+def _remasking(
+    schedule: Schedule, log_t_B: jax.Array, log_s_B: jax.Array, share: float
+) -> tuple[jax.Array, jax.Array]:
+    """The probabilities [B, K] that a revealed position is masked and a masked one revealed.
+
+    With masking at the rate sigma = share * min(1, m(s) / (1 - m(t))), a position is masked at s
+    with probability m(s) as without it: (1 - m(t)) sigma + m(t) (1 - reveal) = m(s).
+    """
+    m_t, m_s = (jnp.exp(schedule.log_mask(log)) for log in (log_t_B, log_s_B))
+    hide = share * jnp.minimum(1.0, m_s / jnp.maximum(1 - m_t, 1e-30))
+    reveal = (m_t - m_s + (1 - m_t) * hide) / jnp.maximum(m_t, 1e-30)
+    return hide, jnp.where(jnp.isneginf(log_s_B)[:, None], 1.0, reveal)
 
 
 def even_progress(

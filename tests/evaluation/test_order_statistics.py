@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from lomdm_jax.evaluation import order_statistics
-from lomdm_jax.evaluation.order_statistics import Draw, Mean, make_draw, measure, summarise
+from lomdm_jax.evaluation.order_classes import BANDS, CLASSES, KINDS, bands, classes, token_kind
+from lomdm_jax.evaluation.order_means import Mean, kendall_tau, mean_where, relative_rank
+from lomdm_jax.evaluation.order_statistics import Draw, make_draw, measure, summarise
 from lomdm_jax.objectives import make_objective
 from lomdm_jax.orders import make_order
 from tests import oracle
@@ -33,13 +35,59 @@ def everything(rank_NL, **rates):
     return summarise(draws(rank_NL, **rates), tokens_NL, counted_NL, pieces)
 
 
-def test_every_token_belongs_to_one_class():
-    found = dict(zip(PIECES, map(order_statistics.token_class, PIECES), strict=True))
+def test_every_token_is_of_one_kind():
+    found = dict(zip(PIECES, map(token_kind, PIECES), strict=True))
     assert list(found.values()) == [
         *("end of text", "word start", "inside a word", "number", "punctuation", "white space")
     ]
-    assert order_statistics.token_class("\n") == "white space"
-    assert order_statistics.token_class('"It') == "punctuation"
+    assert token_kind("\n") == "white space"
+    assert token_kind('"It') == "punctuation"
+
+
+def test_a_token_is_in_a_kind_a_band_and_perhaps_capitalised():
+    texts = [" The", "the", "É", "."]
+    tokens_NL = np.array([[0, 1, 2, 3, 3]])
+    counted_NL = np.array([[True, True, True, True, False]])
+    found = classes(tokens_NL, counted_NL, lambda ids: [texts[i] for i in ids])
+    assert list(found) == list(CLASSES)
+    for group in (KINDS, BANDS):
+        np.testing.assert_array_equal(sum(found[name].astype(int) for name in group), counted_NL)
+    np.testing.assert_array_equal(found["capitalised"], [[True, False, True, False, False]])
+    np.testing.assert_array_equal(found["punctuation"], [[False] * 3 + [True, False]])
+
+
+def test_bands_hold_a_fifth_of_the_tokens_each():
+    """Ids of one count share a band; where there are many counts the bands are of equal mass."""
+    band_V = bands(np.array([1, 1, 50, 0]))
+    assert band_V.tolist() == [0, 0, 2, 0]  # the frequent one holds the middle of all tokens
+    count_V = np.arange(1, 2001)
+    mass = np.bincount(bands(count_V), weights=count_V)
+    np.testing.assert_allclose(mass / count_V.sum(), 0.2, atol=0.002)
+    assert (np.diff(bands(count_V)) >= 0).all()
+
+
+def test_relative_ranks_share_ties_and_skip_what_is_given():
+    rank_NL = np.array([[9, 3, 3, 7], [0, 1, 2, 3]])
+    counted_NL = np.array([[False, True, True, True], [True, False, False, False]])
+    found = relative_rank(rank_NL, counted_NL)
+    np.testing.assert_array_equal(found, [[np.nan, 0.25, 0.25, 1], [0, np.nan, np.nan, np.nan]])
+
+
+def test_tau_to_blocks_counts_ties():
+    """Blocks of two, and an order that follows them: 4 of 6 pairs are ordered in both, so tau-b is
+    4 / sqrt(4 * 6); of its reverse, minus that; of a single block, none."""
+    blocks, counted_NL = np.array([0, 0, 1, 1]), np.ones((2, 4), bool)
+    tau = 4 / math.sqrt(4 * 6)
+    orders = np.array([[1, 0, 2, 3], [2, 3, 1, 0]])
+    np.testing.assert_allclose(kendall_tau(orders, counted_NL, blocks), [tau, -tau])
+    assert np.isnan(kendall_tau(orders, counted_NL, np.zeros(4))).all()
+
+
+def test_means_weigh_texts_by_their_tokens():
+    """Sums 2 and 6 over 1 and 3 tokens are 8 / 4; residuals are 0, and so is the error."""
+    values_NL = np.array([[2.0, 9.0, 9.0], [1.0, 2.0, 3.0]])
+    where_NL = np.array([[True, False, False], [True, True, True]])
+    assert mean_where(values_NL, where_NL) == pytest.approx((2.0, 0.0, 4))
 
 
 @pytest.mark.parametrize(("order", "tau"), [(range(6), 1.0), (range(5, -1, -1), -1.0)])

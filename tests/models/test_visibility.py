@@ -156,6 +156,14 @@ def test_left_to_right_it_is_a_causal_model_that_is_asked_by_a_mask_token(backbo
         np.testing.assert_allclose(hidden[:, place], answer, rtol=1e-4, atol=1e-5)
 
 
+def queries(places, slots, length):
+    return Cached(places, jnp.zeros_like(slots), slots, jnp.arange(length))
+
+
+def contents(places, slots, length):
+    return queries(places, slots + 1, length)._replace(slots=slots)
+
+
 def test_a_memory_holds_what_a_whole_pass_computes(backbone):
     """Contents read in pieces, out of order, and queries after them, as in one ranked pass."""
     length, mask_id = 6, 10
@@ -172,13 +180,13 @@ def test_a_memory_holds_what_a_whole_pass_computes(backbone):
         asked, _ = backbone.recall(
             jnp.full_like(places[:, :1], mask_id),
             cond,
-            Cached(places[:, :1], slots[:, :1], write=False),
+            queries(places[:, :1], slots[:, :1], length),
             memories,
         )
         here = jnp.take_along_axis(whole[:, :length], places[:, :1, None], 1)
         np.testing.assert_allclose(asked, here, rtol=1e-4, atol=1e-5)
         text = jnp.take_along_axis(tokens, places, 1)
-        read, memories = backbone.recall(text, cond, Cached(places, slots, write=True), memories)
+        read, memories = backbone.recall(text, cond, contents(places, slots, length), memories)
         here = jnp.take_along_axis(whole[:, length:], places[..., None], 1)
         np.testing.assert_allclose(read, here, rtol=1e-4, atol=1e-5)
 
@@ -186,6 +194,6 @@ def test_a_memory_holds_what_a_whole_pass_computes(backbone):
 def test_slots_beyond_the_end_are_not_written(backbone):
     tokens, beyond = jnp.ones((2, 3), jnp.int32), jnp.full((2, 3), 4)
     memories = backbone.memories(2, 4)
-    view = Cached(jnp.zeros((2, 3), jnp.int32), beyond, write=True)
+    view = contents(jnp.zeros((2, 3), jnp.int32), beyond, 4)
     _, after = backbone.recall(tokens, backbone.condition(jnp.zeros(2)), view, memories)
     assert not any(np.any(a) for a in jax.tree.leaves(after))

@@ -11,8 +11,7 @@ from lomdm_jax.objectives.corruption import stratified_uniforms
 from lomdm_jax.objectives.nelbo import Batch
 from lomdm_jax.orders import make_order
 from lomdm_jax.sampling.ancestral import Ancestral
-from lomdm_jax.sampling.driver import generate
-from lomdm_jax.sampling.race import Race
+from lomdm_jax.sampling.best import Best
 from tests import oracle
 
 LENGTH, VOCAB = 4, 2
@@ -139,43 +138,39 @@ def test_the_time_free_estimate_of_a_permutation_has_no_variance(name):
 def draw(name, chooser, count=8000):
     nothing = jnp.zeros((count, LENGTH), jnp.int32)
     generator = model(name)
-    sample = jax.jit(
-        lambda key: generate(
-            key, generator.reverse(PARAMS), chooser, nothing, nothing > 0, mask_id=VOCAB
-        )
-    )
-    return sample(jax.random.key(2))
+    sampler, keys = oracle.sampler(generator, chooser), jax.random.split(jax.random.key(2), count)
+    return jax.jit(lambda *inputs: sampler(*inputs))(PARAMS, keys, nothing, nothing > 0)
 
 
 def p_value(name, samples):
     everything = oracle.sequences(LENGTH, VOCAB)
     p = np.array([jnp.exp(oracle.log_p(model(name), PARAMS, x)) for x in everything], np.float64)
-    found = np.bincount(np.asarray(samples.tokens_BL) @ [8, 4, 2, 1], minlength=len(p))
+    found = np.bincount(np.asarray(samples.tokens_BT) @ [8, 4, 2, 1], minlength=len(p))
     return stats.chisquare(found, found.sum() * p / p.sum()).pvalue
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_the_race_samples_every_order_exactly(name):
-    assert p_value(name, draw(name, Race(1, LENGTH))) > 1e-3
+    assert p_value(name, draw(name, Best("race"))) > 1e-3
 
 
 def test_the_race_completes_a_group_before_the_next():
     """Three at a time on blocks of two: a block per call; on single positions: one by one."""
-    blocks = draw("block:2", Race(3, LENGTH), 50)
-    assert int(blocks.calls) == 2 and (blocks.revealed_BL == jnp.array([1, 1, 2, 2])).all()
-    assert (draw("r2l", Race(3, LENGTH), 50).revealed_BL == jnp.array([4, 3, 2, 1])).all()
-    assert int(draw("mdm", Race(3, LENGTH), 50).calls) == 2
+    blocks = draw("block:2", Best("race", 3), 50)
+    assert int(blocks.calls) == 2 and (blocks.revealed_BT == jnp.array([1, 1, 2, 2])).all()
+    assert (draw("r2l", Best("race", 3), 50).revealed_BT == jnp.array([4, 3, 2, 1])).all()
+    assert int(draw("mdm", Best("race", 3), 50).calls) == 2
 
 
-@pytest.mark.parametrize("even", [True, False])
-def test_ancestral_steps_follow_the_windows(even):
+@pytest.mark.parametrize("grid", ["even", "linear"])
+def test_ancestral_steps_follow_the_windows(grid):
     """With a step per position a fixed order is followed to the letter, so sampling is exact."""
-    samples = draw("r2l", Ancestral(LENGTH, even))
-    if not even:
-        assert (samples.revealed_BL == jnp.array([4, 3, 2, 1])).all()
+    samples = draw("r2l", Ancestral(LENGTH, grid))
+    if grid == "linear":
+        assert (samples.revealed_BT == jnp.array([4, 3, 2, 1])).all()
         assert p_value("r2l", samples) > 1e-3
-    assert (jnp.diff(samples.revealed_BL, axis=-1) <= 0).all()
-    assert int(draw("r2l", Race(1, LENGTH), 4).calls) == LENGTH
+    assert (jnp.diff(samples.revealed_BT, axis=-1) <= 0).all()
+    assert int(draw("r2l", Best("race"), 4).calls) == LENGTH
 
 
 def test_cosine_velocity_is_the_derivative_and_small_times_are_exact():

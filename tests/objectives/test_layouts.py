@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
+from lomdm_jax.config import default_config
 from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
@@ -14,8 +15,7 @@ from lomdm_jax.objectives import make_objective
 from lomdm_jax.objectives.corruption import corrupt_groups, group_uniforms, stratified_uniforms
 from lomdm_jax.objectives.nelbo import FULL_RANGE, Batch, targets_of
 from lomdm_jax.orders import make_order
-from lomdm_jax.sampling.driver import generate
-from lomdm_jax.sampling.race import Race
+from lomdm_jax.sampling import make_sampler
 from tests import oracle
 
 LENGTH, VOCAB = 4, 2
@@ -228,19 +228,16 @@ def test_one_block_of_everything_is_the_bidirectional_model():
 @pytest.mark.parametrize("name", ["ar", "r2l", "block:2"])
 def test_samples_follow_the_model(name):
     generator, params = network(name)
+    generator = generator._replace(one_pass="groups")
     nothing = jnp.zeros((8000, LENGTH), jnp.int32)
-    sample = jax.jit(
-        lambda key: generate(
-            key, generator.reverse(params), Race(1, LENGTH), nothing, nothing > 0, mask_id=VOCAB
-        )
-    )
+    sampler = make_sampler(default_config().sample, generator, eos_id=0, window=LENGTH)
+    keys = jax.random.split(jax.random.key(0), 8000)
+    samples = jax.jit(lambda *inputs: sampler(*inputs))(params, keys, nothing, nothing > 0)
     p = [
         float(jnp.exp(oracle.log_p(generator, params, x))) for x in oracle.sequences(LENGTH, VOCAB)
     ]
     assert sum(p) == pytest.approx(1, abs=1e-5)
-    found = np.bincount(
-        np.asarray(sample(jax.random.key(0)).tokens_BL) @ [8, 4, 2, 1], minlength=16
-    )
+    found = np.bincount(np.asarray(samples.tokens_BT) @ [8, 4, 2, 1], minlength=16)
     assert stats.chisquare(found, 8000 * np.array(p) / sum(p)).pvalue > 1e-3
 
 

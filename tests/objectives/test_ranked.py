@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from scipy import stats
 
-from lomdm_jax.generator import Generator, Recall
+from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
@@ -19,7 +19,10 @@ from lomdm_jax.objectives.nelbo import Batch
 from lomdm_jax.orders import make_order, race
 from lomdm_jax.orders.learned import TRIALS
 from lomdm_jax.orders.schedule import Weights
-from lomdm_jax.sampling import recall
+from lomdm_jax.sampling.contexts import Recall
+from lomdm_jax.sampling.driver import row_keys
+from lomdm_jax.sampling.recall import InAnyOrder
+from lomdm_jax.sampling.tokens import Filter
 from tests import oracle
 
 LENGTH, VOCAB = 3, 2
@@ -249,12 +252,15 @@ class Recompute(Recall):
 
 
 def sampler(generator, params, rows, remember=True, **options):
-    model = generator.recaller(params, LENGTH)
-    model = model if remember else Recompute(*model)
+    kind = Recall if remember else Recompute
+
+    def model(params):
+        return kind(generator.schedule, generator.module(params), LENGTH)
 
     @jax.jit
-    def sample(key, tokens, given_rank):
-        return recall.generate(key, model, tokens, given_rank, mask_id=VOCAB, **options)
+    def sample(key, tokens, rank):
+        way = InAnyOrder(model, lambda *_: rank, Filter(), VOCAB, **options)
+        return way.sampler()(params, row_keys(key, jnp.arange(rows)), tokens, rank < LENGTH)
 
     nothing = jnp.zeros((rows, LENGTH), jnp.int32)
     return lambda key, tokens=nothing, rank=nothing + LENGTH: sample(key, tokens, rank)
@@ -262,8 +268,8 @@ def sampler(generator, params, rows, remember=True, **options):
 
 def cells(samples):
     """Counts of every (sequence, order) pair, [8, 6]; orders by the call that revealed."""
-    text = np.asarray(samples.tokens_BL) @ [4, 2, 1]
-    order = (np.asarray(samples.revealed_BL)[:, None] - 1 == RANKS).all(-1).argmax(-1)
+    text = np.asarray(samples.tokens_BT) @ [4, 2, 1]
+    order = (np.asarray(samples.revealed_BT)[:, None] - 1 == RANKS).all(-1).argmax(-1)
     return np.bincount(text * 6 + order, minlength=48).reshape(8, 6)
 
 
@@ -285,7 +291,7 @@ def test_the_chi_square_test_can_fail():
     samples = sampler(generator, params, 20_000, reveal=3)(jax.random.key(0))
     assert int(samples.calls) == 1
     joint = exact_p(generator, params).sum(-1)
-    found = np.bincount(np.asarray(samples.tokens_BL) @ [4, 2, 1], minlength=8)
+    found = np.bincount(np.asarray(samples.tokens_BT) @ [4, 2, 1], minlength=8)
     assert stats.chisquare(found, 20_000 * joint / joint.sum()).pvalue < 1e-6
 
 
@@ -299,9 +305,9 @@ def test_with_and_without_a_memory_the_samples_are_the_same(reveal):
         sampler(generator, params, 200, remember, reveal=reveal)(jax.random.key(3), tokens, rank)
         for remember in (True, False)
     ]
-    np.testing.assert_array_equal(both[0].tokens_BL, both[1].tokens_BL)
-    np.testing.assert_array_equal(both[0].revealed_BL, both[1].revealed_BL)
-    assert (both[0].tokens_BL[::2, 1] == 1).all() and (both[0].revealed_BL[::2, 1] == 0).all()
+    np.testing.assert_array_equal(both[0].tokens_BT, both[1].tokens_BT)
+    np.testing.assert_array_equal(both[0].revealed_BT, both[1].revealed_BT)
+    assert (both[0].tokens_BT[::2, 1] == 1).all() and (both[0].revealed_BT[::2, 1] == 0).all()
 
 
 def test_an_infill_has_the_conditional_distribution_of_its_order():
@@ -313,7 +319,7 @@ def test_an_infill_has_the_conditional_distribution_of_its_order():
     samples = sampler(generator, params, 20_000)(jax.random.key(4), tokens, rank)
     nll = [float(pairs(generator, params, [X[0], v, X[2]])[0][order, 1]) for v in range(VOCAB)]
     assert sum(np.exp(-np.array(nll))) == pytest.approx(1, abs=1e-5)
-    found = np.bincount(samples.tokens_BL[:, 1], minlength=VOCAB)
+    found = np.bincount(samples.tokens_BT[:, 1], minlength=VOCAB)
     assert (
         stats.chisquare(
             found, 20_000 * np.exp(-np.array(nll)) / np.exp(-np.array(nll)).sum()
@@ -352,10 +358,6 @@ def test_dependence_bounds_what_a_call_reveals():
         stats.chisquare(cells(samples).ravel(), 20_000 * (joint / joint.sum()).ravel()).pvalue
         > 1e-3
     )
-    logits = jnp.log(jnp.array([[[0.5, 0.5], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]]]))
-    one, two = np.log(2) * 1.001, np.log(2) * 2.001
-    for budget, taken in {0.0: 2, one: 3, two: 4}.items():
-        assert recall._independent(logits, budget).sum() == taken
 
 
 def ranks_of(objective, batch, generator, params):

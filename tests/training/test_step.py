@@ -1,6 +1,7 @@
 """The training step: what it must equal, and what it must not depend on."""
 
 import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +13,7 @@ from lomdm_jax.distributed import partition
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.objectives import make_objective
 from lomdm_jax.objectives.leave_one_out import leaders
-from lomdm_jax.sampling.driver import generate
-from lomdm_jax.sampling.race import Race
+from lomdm_jax.sampling import make_sampler
 from lomdm_jax.training import guard
 from lomdm_jax.training.optimizer import ema_decay, make_optimizer
 from lomdm_jax.training.state import init_state
@@ -249,13 +249,10 @@ def test_the_gradient_of_pointers_is_clipped_by_itself():
 def draw(config, params):
     generator = make_generator(config, VOCAB + 1, VOCAB)
     nothing = jnp.zeros((4, LENGTH), jnp.int32)
-    reverse = generator.reverse(params)
-    sample = jax.jit(
-        lambda key: generate(
-            key, reverse, Race(1, LENGTH), nothing, nothing > 0, mask_id=generator.mask_id
-        )
-    )
-    return jax.device_get(sample(jax.random.key(5)))
+    sampler = make_sampler(config.sample, generator, eos_id=0, window=LENGTH)
+    keys = jax.random.split(jax.random.key(5), 4)
+    sample = jax.jit(lambda *inputs: sampler(*inputs))
+    return jax.device_get(sample(params, keys, nothing, nothing > 0))
 
 
 def test_bfloat16_compute_trains_float32_parameters_on_float32_losses():

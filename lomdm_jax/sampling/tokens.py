@@ -1,0 +1,71 @@
+"""From logits to tokens: which ones may be drawn, and a draw that keeps the tail."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Filter(NamedTuple):
+    """What is drawn from instead of the model's own probabilities.
+
+    temperature: logits are divided by it; 0 takes the likeliest token.
+    top_k: the so many likeliest tokens; 0 for all.
+    top_p: the likeliest tokens that together have this probability, after the temperature and
+      among the `top_k`; the one that crosses it included. 1 for all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits_BLV: jax.Array) -> jax.Array:
+        """Logits, float32 [B, L, V], with -inf for what may not be drawn."""
+        if self.temperature == 0:
+            best_BL1 = jnp.argmax(logits_BLV, axis=-1, keepdims=True)
+            return jnp.where(jnp.arange(logits_BLV.shape[-1]) == best_BL1, 0.0, -jnp.inf)
+        logits_BLV = logits_BLV / self.temperature
+        if 0 < self.top_k < logits_BLV.shape[-1]:
+            least_BL1 = jax.lax.top_k(logits_BLV, self.top_k)[0][..., -1:]
+            logits_BLV = jnp.where(logits_BLV >= least_BL1, logits_BLV, -jnp.inf)
+        return _nucleus(logits_BLV, self.top_p) if self.top_p < 1 else logits_BLV
+
+
+def _nucleus(logits_BLV: jax.Array, top_p: float) -> jax.Array:
+    sorted_BLV = jnp.flip(jnp.sort(logits_BLV, axis=-1), axis=-1)
+    share_BLV = jax.nn.softmax(sorted_BLV)
+    before_BLV = jnp.cumsum(share_BLV, axis=-1) - share_BLV
+    kept_BLV = jnp.where(before_BLV < top_p, sorted_BLV, jnp.inf)
+    kept_BLV = kept_BLV.at[..., 0].set(sorted_BLV[..., 0])  # the likeliest, whatever the rounding
+    least_BL1 = jnp.min(kept_BLV, axis=-1, keepdims=True)
+    return jnp.where(logits_BLV >= least_BL1, logits_BLV, -jnp.inf)
+
+
+def draw_tokens(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:
+    """One token per position, int32 [B, L], each row from its own key.
+
+    Gumbel noise from plain float32 uniforms is cut off near 16 nats, which silently lowers the
+    temperature; the high-precision draw keeps the tail.
+    """
+
+    def row(key: jax.Array, logits_LV: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, logits_LV, mode="high").astype(jnp.int32)
+
+    return jax.vmap(row)(keys_B, logits_BLV)
+
+
+def entropy(log_p: jax.Array) -> jax.Array:
+    """Entropy in nats over the last axis of log-probabilities, float32 [...]."""
+    return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1, where=log_p > -jnp.inf)
+
+
+def independent(entropy_BQ: jax.Array, dependence: float) -> jax.Array:
+    """Which of the first tokens may be drawn independently, bool [B, Q], the first always.
+
+    The sum of their entropies less the largest bounds what is lost by it, their total correlation
+    (nats); it must stay within `dependence`.
+    """
+    largest_BQ = jax.lax.cummax(entropy_BQ, axis=1)
+    # The first adds exactly nothing: no rounding may keep it from being taken.
+    lost_BQ = (jnp.cumsum(entropy_BQ, axis=-1) - largest_BQ).at[:, 0].set(0.0)
+    return lost_BQ <= dependence
