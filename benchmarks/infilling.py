@@ -90,15 +90,16 @@ def make_match(run: Any) -> Callable[..., Any]:
     import jax.numpy as jnp
 
     from lomdm_jax.sampling import make_sampler
+    from lomdm_jax.sampling.driver import row_keys
 
-    sampler = make_sampler(run.config.sample, run.generator)
+    eos_id, window = run.prepared.tokenizer.eos_id, run.config.data.length
+    sampler = make_sampler(run.config.sample, run.generator, eos_id, window)
 
     @jax.jit
     def match(params: Any, batch: Any, index_B: jax.Array, key: jax.Array) -> jax.Array:
-        given_BL = ~batch["counted"]
-        key = jax.random.fold_in(key, index_B[0])  # of the batch; the sampler splits it over rows
-        samples = sampler(params, key, batch["tokens"], given_BL)
-        return jnp.all(samples.tokens_BL == batch["tokens"], axis=-1)
+        keys_B = row_keys(key, index_B)
+        samples = sampler(params, keys_B, batch["tokens"], ~batch["counted"])
+        return jnp.all(samples.tokens_BT == batch["tokens"], axis=-1)
 
     return match
 

@@ -71,8 +71,8 @@ ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 def make_config(options: argparse.Namespace, variant: str, steps: int) -> Any:
     """The config of one run: the same for all orders but for what the order is trained with."""
-    from lomdm_jax.config import validate
-    from lomdm_jax.main import load_config, override
+    from lomdm_jax.config import override, validate
+    from lomdm_jax.main import load_config
 
     order, *changes = variant.split("@")
     config = load_config(str(ROOT / "configs" / "quickstart.py"), order)

@@ -2,6 +2,7 @@
 expensive does. Defaults follow MDLM's published recipe (kuleshov-group/mdlm, configs/) where it
 has one; a file in configs/ changes what differs."""
 
+import difflib
 import json
 import pathlib
 import re
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
 from lomdm_jax.data import prepare
+from lomdm_jax.data.presets import PRESETS
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.models.transformer import REMAT
 from lomdm_jax.objectives.leave_one_out import groups
@@ -201,6 +203,9 @@ _DEFAULTS = {
         "suffix": "",
         "orders": 16,  # orders drawn: their mean is the bound, all together tighten it
     },
+    "zero_shot": {  # --job zero-shot: the validation text of these presets, with commas
+        "sets": ",".join(name for name in PRESETS if name.startswith("zero-shot-")),
+    },
     "generative": {  # --job generative: samples under a judge, over network calls
         # "hf:NAME", a causal model of Hugging Face; or the folder of a run of ours with order "ar".
         "judge": "hf:gpt2-large",
@@ -281,6 +286,34 @@ def saved_config(folder: pathlib.Path) -> ConfigDict:
     return completed(values)
 
 
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Set `section.name` to a value of the type it has.
+
+    Raises:
+      UserError: for an unknown key (with the nearest known ones) or a value of another type.
+    """
+    known = [f"{section}.{name}" for section in config for name in config[section]]
+    if key not in known:
+        near = difflib.get_close_matches(key, known) or sorted(config)
+        raise UserError(
+            f"--config.{key} = {text!r}: there is no such key. Near it: {', '.join(near)}; "
+            "lomdm_jax/config.py has all of them."
+        )
+    section, name = key.split(".")
+    config[section][name] = _convert(key, text, config[section][name])
+
+
+def _convert(key: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        expected = "true or false" if kind is bool else f"{kind.__name__}, such as {default!r}"
+        raise UserError(f"--config.{key} is {text!r}, but it must be {expected}.") from None
+
+
 def validate(config: ConfigDict) -> None:
     """Check every leaf and every combination that can be checked without data or devices.
 
@@ -357,6 +390,10 @@ def _check_choices(config: ConfigDict) -> None:
     for key, allowed in choices.items():
         if leaf(config, key) not in allowed:
             _reject(config, key, f"it must be one of {', '.join(allowed)}.")
+    for name in config.zero_shot.sets.split(","):
+        if name.strip() not in PRESETS:
+            remedy = f"{name.strip()!r} is no preset: use some of {', '.join(PRESETS)}."
+            _reject(config, "zero_shot.sets", remedy)
     profile, steps = config.train.profile, config.train.steps
     ends = re.fullmatch(r"(\d+):(\d+)", profile)
     if profile and not (ends and 1 <= int(ends[1]) <= min(int(ends[2]), steps)):

@@ -1,7 +1,6 @@
 """The command line: python -m lomdm_jax.main --config configs/x.py --job train"""
 
 import contextlib
-import difflib
 import importlib
 import os
 import pathlib
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lomdm_jax.config import saved_config, validate
+from lomdm_jax.config import override, saved_config, validate
 from lomdm_jax.data.prepare import describe, prepare
 from lomdm_jax.data.presets import PRESETS, apply
 from lomdm_jax.errors import UserError
@@ -61,20 +60,23 @@ common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
   --config.data.length=TOKENS            --config.data.vocab_size=PIECES
   --config.model.width=N                 --config.model.layers=N
   --config.eval.sequences=N              --config.eval.draws=N
-  --config.sample.sampler=race|ancestral --config.sample.prompt=TEXT
-  --config.sample.reveal=POSITIONS       --config.sample.dependence=NATS
+  --config.sample.prompt=TEXT            [[N]] in it is a blank of N tokens
+  --config.sample.sampler=NAME           race, ancestral, velocity, confidence, margin, entropy
+  --config.sample.reveal=POSITIONS       --config.sample.steps=N (ancestral)
+  --config.sample.temperature=T          --config.sample.top_p=P
+  --config.score.text=TEXT               --config.report.runs=FOLDER,FOLDER
   --config.checkpoint.restore=latest|best|STEP
 
 examples
   python -m lomdm_jax.main --config configs/quickstart.py
   python -m lomdm_jax.main --config configs/quickstart.py:mdm --workdir runs/mdm
   python -m lomdm_jax.main --config configs/quickstart.py --job evaluate --config.eval.draws=32
-  python -m lomdm_jax.main --config configs/quickstart.py --job sample \\
+  python -m lomdm_jax.main --workdir runs/quickstart --job sample \\
       --config.sample.prompt="Return the" --config.sample.count=4
 
 The workdir is runs/<config>[-<order>] unless given. It holds config.json, train.csv, eval.csv,
 TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png, samples.jsonl,
-order.html and order.png.
+order.html and order.png; and what the jobs after training write.
 """
 # What needs data, and what needs but a trained model; of a trained run both know the config.
 WITH_DATA = ("train", "evaluate", "zero-shot")
@@ -186,34 +188,6 @@ def load_config(path: str, argument: str = "") -> ConfigDict:
     if get_config is None:
         raise UserError(f"--config is {path!r}, but it defines no get_config(): see configs/.")
     return get_config(argument) if argument else get_config()
-
-
-def override(config: ConfigDict, key: str, text: str) -> None:
-    """Set `section.name` to a value of the type it has.
-
-    Raises:
-      UserError: for an unknown key (with the nearest known ones) or a value of another type.
-    """
-    known = [f"{section}.{name}" for section in config for name in config[section]]
-    if key not in known:
-        near = difflib.get_close_matches(key, known) or sorted(config)
-        raise UserError(
-            f"--config.{key} = {text!r}: there is no such key. Near it: {', '.join(near)}; "
-            "lomdm_jax/config.py has all of them."
-        )
-    section, name = key.split(".")
-    config[section][name] = _convert(key, text, config[section][name])
-
-
-def _convert(key: str, text: str, default: bool | int | float | str) -> bool | int | float | str:
-    kind = type(default)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        expected = "true or false" if kind is bool else f"{kind.__name__}, such as {default!r}"
-        raise UserError(f"--config.{key} is {text!r}, but it must be {expected}.") from None
 
 
 def _run(command: Command) -> int:

@@ -9,9 +9,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
-_cache = tempfile.TemporaryDirectory(prefix="lomdm_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have that of the process that started them
+    _cache = tempfile.TemporaryDirectory(prefix="lomdm_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["HF_HOME"] = _cache.name  # nothing of the user's is read or written
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-# Nothing is asked of a network, and nothing of the user's is read or written.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = _cache.name
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a network
