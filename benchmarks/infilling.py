@@ -1,14 +1,16 @@
-"""Filling the middle of held-out sequences: the bound on what is hidden, and exact matches.
+"""Filling blanks of held-out sequences: the bound on what is hidden, and exact matches.
 
-python benchmarks/infilling.py [--spans 1,2,4,8] [--limit N] [options of orders.py]
+python benchmarks/infilling.py [--tasks 1,2,4,8,"middle word","last word"] [--limit N]
+                               [options of orders.py]
 
-Takes the runs of orders.py in the folder, trains those that are missing, and hides the middle of
-every held-out sequence. Scored is the bound (nelbo_order, the order's own estimator) on the hidden
-tokens given all others, in nats per hidden token: with one hidden token every bound but that of a
-learned order is exact. A causal order ("ar") cannot see what stands to the right of the middle, and
-on the ranked layout the surroundings are read first, in the order's own way. Then the middle is
-sampled once per sequence, one token per network call ("race", which is exact), and matches if it is
-the text's own.
+Takes the runs of orders.py in the folder, trains those that are missing, and hides something of
+every held-out sequence: the middle N tokens, the word in the middle, or, like LAMBADA, the last
+word (of the sequences that end with a whole word). Scored is the bound (nelbo_order, the order's
+own estimator) on the hidden tokens given all others, in nats per sequence: with one hidden token
+every bound but that of a learned order is exact. A causal order ("ar") cannot see what stands to
+the right of a blank, and on the ranked layout the surroundings are read first, in the order's own
+way. Then the blank is filled with the likeliest tokens, one per network call in the order's own
+way, and matches if it is the text's own.
 
 All orders have the same sequences, so they are compared with masked diffusion ("mdm") sequence by
 sequence: first the mean over the seeds, then the mean over the sequences and its standard error.
@@ -28,12 +30,18 @@ from orders_table import as_markdown, mean_error, workdir_of
 
 VARIANTS = (
     "mdm",
+    "lomdm",
+    "walk",
+    "lomdm-order",
+    "block:4",
     "ar",
     "mdm@model.layout=ranked",
     "lomdm-ranked",
     "lomdm-ranked@objective.blank_share=0.125",
 )
 BASE = "mdm"
+NAMES = ("nats", "match")
+TASKS = "1,2,4,8,middle word,last word"
 RESULTS = "infilling.npz"  # in the folder of a run
 
 
@@ -41,6 +49,19 @@ def middle(length: int, size: int) -> np.ndarray:
     """Where the middle `size` of `length` positions stand, bool [L]."""
     start, where = (length - size) // 2, np.arange(length)
     return (where >= start) & (where < start + size)
+
+
+def word(first_L: np.ndarray, letter_L: np.ndarray, place: int) -> np.ndarray:
+    """The word that holds the position `place`, bool [L]; nothing where it is none, or not whole.
+
+    first_L: where words or other things start, and whether one starts behind the sequence, [L + 1];
+    letter_L: where they start with a letter.
+    """
+    hidden_L = np.zeros(len(letter_L), bool)
+    starts, ends = np.flatnonzero(first_L[: place + 1]), np.flatnonzero(first_L[place + 1 :])
+    if len(starts) and len(ends) and letter_L[starts[-1]]:
+        hidden_L[starts[-1] : place + 1 + ends[0]] = True
+    return hidden_L
 
 
 def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, Any]:
@@ -57,13 +78,27 @@ def trained(options: argparse.Namespace, variant: str, seed: int) -> tuple[Any, 
     return run, saved_state(run).ema
 
 
-def hidden(run: Any, limit: int, size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Held-out batches of which only the middle `size` tokens are counted: the rest is given."""
+def hidden(run: Any, limit: int, task: str) -> Iterator[dict[str, np.ndarray]]:
+    """Held-out batches of which only what the task hides is counted: the rest is given."""
     from lomdm_jax.run import valid_batches
 
-    span_L = middle(run.config.data.length, size)
-    for batch in valid_batches(run, limit):
-        yield batch | {"counted": batch["counted"] & span_L}
+    tokenizer, length = run.prepared.tokenizer, run.config.data.length
+    pieces = tokenizer.pieces(range(tokenizer.rows))
+    first_V = np.array([not piece[:1].isalnum() for piece in pieces])
+    letter_V = np.array([piece[:1] == " " and piece[1:2].isalpha() for piece in pieces])
+    batches = list(valid_batches(run, limit))
+    after = [*(batch["tokens"][0, 0] for batch in batches[1:]), tokenizer.mask_id]
+    for batch, behind in zip(batches, after, strict=True):
+        tokens_BL = batch["tokens"]
+        next_B = np.append(tokens_BL[1:, 0], behind)  # sequences follow one another in the text
+        first_BQ = np.column_stack([first_V[tokens_BL], first_V[next_B] & letter_V[next_B]])
+        if task.isdigit():
+            hidden_BL = np.tile(middle(length, int(task)), (len(tokens_BL), 1))
+        else:
+            place = length - 1 if task == "last word" else length // 2
+            pairs = zip(first_BQ, letter_V[tokens_BL], strict=True)
+            hidden_BL = np.stack([word(first, letter, place) for first, letter in pairs])
+        yield batch | {"counted": batch["counted"] & hidden_BL}
 
 
 def make_bound(run: Any) -> Callable[..., Any]:
@@ -85,7 +120,7 @@ def make_bound(run: Any) -> Callable[..., Any]:
 
 
 def make_match(run: Any) -> Callable[..., Any]:
-    """(params, batch, index [B], key) -> whether a sample of what is hidden is the text, [B]."""
+    """(params, batch, index [B], key) -> whether what is hidden is filled with the text, [B]."""
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +128,9 @@ def make_match(run: Any) -> Callable[..., Any]:
     from lomdm_jax.sampling.driver import row_keys
 
     eos_id, window = run.prepared.tokenizer.eos_id, run.config.data.length
-    sampler = make_sampler(run.config.sample, run.generator, eos_id, window)
+    likeliest = run.config.sample.copy_and_resolve_references()
+    likeliest.temperature = 0.0
+    sampler = make_sampler(likeliest, run.generator, eos_id, window)
 
     @jax.jit
     def match(params: Any, batch: Any, index_B: jax.Array, key: jax.Array) -> jax.Array:
@@ -105,8 +142,7 @@ def make_match(run: Any) -> Callable[..., Any]:
 
 
 def measure(options: argparse.Namespace, variant: str, seed: int) -> None:
-    """Nats per hidden token and matches, float [spans, sequences], saved in the run's folder."""
-
+    """Nats and matches by task, float [sequences], saved in the run's folder."""
     from lomdm_jax.evaluation.likelihood import over_batches
 
     run, params = trained(options, variant, seed)
@@ -114,50 +150,47 @@ def measure(options: argparse.Namespace, variant: str, seed: int) -> None:
     found = {}
     for name, (function, section) in functions.items():
         key = run.key(run.config[section].seed + seed)
-        rows = []
-        for size in options.spans:
-            batches = hidden(run, options.limit, size)
+        for task in options.tasks:
+            batches = hidden(run, options.limit, task)
             scored = over_batches(function, params, batches, key=key, place=run.place)
-            rows.append(np.concatenate([found_B for _, found_B in scored]))
-        found[f"{name}_SN"] = np.stack(rows).astype(np.float64)
-    found["nats_SN"] /= np.array(options.spans)[:, None]
+            found[f"{name} {task}"] = np.concatenate([b for _, b in scored]).astype(np.float64)
     np.savez(run.workdir / RESULTS, **found)
 
 
-def load(options: argparse.Namespace, variant: str) -> dict[str, np.ndarray]:
-    """What `measure` saved, with an axis of seeds in front, [seeds, spans, sequences]."""
+def load(options: argparse.Namespace, variant: str, task: str) -> dict[str, np.ndarray]:
+    """What `measure` saved of a task, with an axis of seeds in front, [seeds, sequences]."""
     files = [np.load(workdir_of(options, variant, s) / RESULTS) for s in options.seeds]
-    return {name: np.stack([file[f"{name}_SN"] for file in files]) for name in ("nats", "match")}
+    return {name: np.stack([file[f"{name} {task}"] for file in files]) for name in NAMES}
 
 
-def compare(found: dict[str, np.ndarray], base: dict[str, np.ndarray], span: int) -> dict[str, Any]:
-    """Means over sequences and their errors, of one span by its index, also of what changes from
-    masked diffusion; `seeds_error` is the error of the change over the seeds."""
+def compare(found: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means over sequences and their errors, also of what changes from masked diffusion;
+    `seeds_error` is the error of the change over the seeds."""
     row: dict[str, Any] = {}
-    for name, values in found.items():
-        value_EN, base_EN = values[:, span], base[name][:, span]
+    for name, value_EN in found.items():
         row[name], row[f"{name}_error"] = mean_error(value_EN.mean(0))
-        change_EN = value_EN - base_EN
+        change_EN = value_EN - base[name]
         row[f"{name}_change"], row[f"{name}_change_error"] = mean_error(change_EN.mean(0))
         row[f"{name}_change_seeds_error"] = mean_error(change_EN.mean(1))[1]
     return row
 
 
 def table_of(options: argparse.Namespace, variants: list[str]) -> list[dict[str, Any]]:
-    """A row for every order and span."""
-    base = load(options, BASE)
-    count = base["nats"].shape[-1]
-    return [
-        {"order": variant, "hidden": size, "sequences": count, **compare(found, base, number)}
-        for variant in variants
-        for found in [load(options, variant)]
-        for number, size in enumerate(options.spans)
-    ]
+    """A row for every order and task."""
+    table = []
+    for variant in variants:
+        for task in options.tasks:
+            base, found = (load(options, name, task) for name in (BASE, variant))
+            count = base["nats"].shape[-1]
+            row = {"order": variant, "hidden": task, "sequences": count}
+            table.append(row | compare(found, base))
+    return table
 
 
 def markdown(options: argparse.Namespace, table: list[dict[str, Any]], name: str, form: str) -> str:
     """The values called `name`, two columns per span."""
-    heads = [(f"{size} hidden", "to mdm") for size in options.spans]
+    counts = {row["hidden"]: row["sequences"] for row in table}
+    heads = [(f"{task} ({counts[task]})", "to mdm") for task in options.tasks]
     rows = {row["order"]: [f"`{row['order']}`"] for row in table}
     for row in table:
         change = f"{row[f'{name}_change']:+{form}} ± {row[f'{name}_change_error']:{form}}"
@@ -173,10 +206,10 @@ def write(options: argparse.Namespace, variants: list[str]) -> None:
         writer = csv.DictWriter(file, table[0])
         writer.writeheader()
         writer.writerows(table)
-    about = f"{table[0]['sequences']} held-out sequences, seeds {options.seeds}"
-    text = f"Nats per hidden token, {about}:\n\n{markdown(options, table, 'nats', '.4f')}"
-    text += "\nShare of sampled middles that are the text's own:\n\n"
-    text += markdown(options, table, "match", ".4f")
+    about = f"held-out sequences (their number in brackets), seeds {options.seeds}"
+    text = f"Nats of what is hidden, {about}:\n\n{markdown(options, table, 'nats', '.3f')}"
+    text += "\nShare of blanks that are filled with the text's own words:\n\n"
+    text += markdown(options, table, "match", ".3f")
     (options.folder / "infilling.md").write_text(text)
     print(text)
 
@@ -184,10 +217,10 @@ def write(options: argparse.Namespace, variants: list[str]) -> None:
 def main() -> None:
     parser = orders.make_parser(__doc__)
     parser.set_defaults(orders=",".join(VARIANTS))
-    parser.add_argument("--spans", default="1,2,4,8", help="hidden tokens")
+    parser.add_argument("--tasks", default=TASKS, help="what is hidden, with commas")
     parser.add_argument("--limit", type=int, default=0, help="sequences; 0 for orders.py's number")
     options = orders.finish(parser.parse_args())
-    options.spans = [int(size) for size in options.spans.split(",")]
+    options.tasks = options.tasks.split(",")
     options.limit = options.limit or orders.SIZES[options.size]["eval.sequences"]
     if options.run:
         measure(options, *json.loads(options.run))

@@ -79,8 +79,8 @@ TensorBoard events, checkpoints, evaluation.json, order_statistics.json and .png
 order.html and order.png; and what the jobs after training write.
 """
 # What needs data, and what needs but a trained model; of a trained run both know the config.
-WITH_DATA = ("train", "evaluate", "zero-shot")
-WITH_MODEL = ("sample", "score", "generative", "report", "serve")
+WITH_DATA = ("train", "evaluate")
+WITH_MODEL = ("zero-shot", "sample", "score", "generative", "report", "serve")
 JOBS = ("prepare", "compile", *WITH_DATA, *WITH_MODEL)
 OPTIONS = ("config", "data", "job", "workdir", "resume", "topology", "distributed")
 

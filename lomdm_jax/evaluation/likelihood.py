@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lomdm_jax.evaluation.trajectories import Maker, importance_bound
 from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective
 from lomdm_jax.objectives.nelbo import Terms, batch_of
@@ -16,18 +17,22 @@ BOUNDS = {
     "nelbo": ("main", "order", "clock", "reconstruction"),
     "nelbo_order": ("main", "order", "reconstruction"),
 }
+# Rounds of draws at most: the error of the draws is then an eighth of that of one.
+ROUNDS = 64
 
 
 class Bound(NamedTuple):
     """An upper bound on the negative log-likelihood.
 
-    nats_per_token and its standard error over sequences; perplexity = exp of it, with its
-    standard error; bits_per_byte of the UTF-8 text, which does not depend on the tokenizer;
-    nan if the tokenizer loses text.
+    nats_per_token and its standard error over sequences; draw_error, the part of it that comes of
+    the Monte Carlo draws alone and more draws would mend, nats per token, nan where it is not
+    known; perplexity = exp of nats_per_token, with its standard error; bits_per_byte of the UTF-8
+    text, which does not depend on the tokenizer; nan if the tokenizer loses text.
     """
 
     nats_per_token: float
     standard_error: float
+    draw_error: float
     perplexity: float
     perplexity_standard_error: float
     bits_per_byte: float
@@ -36,7 +41,8 @@ class Bound(NamedTuple):
 class Evaluation(NamedTuple):
     """The paper's bound, the tighter one without the clock, and what was counted.
 
-    terms: each term in nats per token; draws: estimates per sequence.
+    terms: each term in nats per token; draws: estimates per sequence; importance: the bound that
+      `trajectories` of each sequence give together, None without any.
     """
 
     nelbo: Bound
@@ -46,6 +52,8 @@ class Evaluation(NamedTuple):
     tokens: int
     bytes: int
     draws: int
+    importance: Bound | None = None
+    trajectories: int = 0
 
 
 Scorer = Callable[[Any, dict[str, jax.Array], jax.Array, jax.Array], Terms]
@@ -89,8 +97,10 @@ def evaluate(
     key: jax.Array,
     draws: int,
     byte_lengths: np.ndarray | None,
+    draw_error: float = 0.0,
     place: Callable[[Any], Any] = jax.device_put,
     progress: Callable[[int], None] = lambda sequences: None,
+    after_round: Callable[[int, float], None] = lambda rounds, error: None,
 ) -> Evaluation:
     """Score every sequence of `batches`.
 
@@ -98,22 +108,81 @@ def evaluate(
       scorer: a jitted `make_scorer`.
       params: parameters, usually the EMA's.
       batches: dicts of `tokens` int32 [B, L], `counted` bool [B, L] and perhaps more, see
-        `training.step`; rows without a counted token fill up a batch and are left out.
+        `training.step`; rows without a counted token fill up a batch and are left out. Read once
+        per round.
       key: PRNG key of the draws.
       draws: as given to `make_scorer`.
       byte_lengths: UTF-8 bytes of each token id, int32 [V]; None where ids do not tell, and then
         bits_per_byte is nan.
+      draw_error: rounds of fresh draws follow, two at least and ROUNDS at most, until the draws'
+        error of both bounds is at most this, nats per token; 0 for one round.
       place: puts host arrays on the devices.
-      progress: called with the number of sequences scored so far.
+      progress: called with the number of sequences scored so far in this round.
+      after_round: called with the number of rounds so far and the draws' error, if asked for one.
     """
+    rounds: list[np.ndarray] = []
+    while True:
+        # Counted from the end: no row's index is one of them.
+        round_key = jax.random.fold_in(key, 2**32 - len(rounds)) if rounds else key
+        found = over_batches(scorer, params, batches, key=round_key, place=place)
+        scores_N4, counts = _scores(found, byte_lengths, progress)
+        rounds.append(scores_N4)
+        evaluation = _summarise(np.stack(rounds), *counts, draws * len(rounds))
+        if not draw_error:
+            return evaluation
+        error = max(getattr(evaluation, name).draw_error for name in BOUNDS)
+        after_round(len(rounds), error)
+        if error <= draw_error or len(rounds) == ROUNDS:
+            return evaluation
+
+
+def _scores(
+    found: Iterable[tuple[dict[str, np.ndarray], Terms]],
+    byte_lengths: np.ndarray | None,
+    progress: Callable[[int], None],
+) -> tuple[np.ndarray, tuple[np.ndarray, int]]:
+    """The terms of each sequence, float64 [N, 4]; its counted tokens, int [N], and all bytes."""
     scores, tokens, total_bytes = [], [], 0
-    for batch, terms in over_batches(scorer, params, batches, key=key, place=place):
+    for batch, terms in found:
         scores.append(np.stack(terms, axis=-1).astype(np.float64))
         tokens.append(batch["counted"].sum(axis=-1))
         if byte_lengths is not None:
             total_bytes += int(byte_lengths[batch["tokens"][batch["counted"]]].sum())
         progress(sum(map(len, tokens)))
-    return _summarise(np.concatenate(scores), np.concatenate(tokens), total_bytes, draws)
+    return np.concatenate(scores), (np.concatenate(tokens), total_bytes)
+
+
+def importance(
+    maker: Maker,
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    *,
+    key: jax.Array,
+    count: int,
+    total_bytes: int,
+    place: Callable[[Any], Any] = jax.device_put,
+    progress: Callable[[int], None] = lambda sequences: None,
+) -> Bound:
+    """The bound that `count` whole trajectories of each sequence give together.
+
+    maker: a jitted `make_trajectories`. total_bytes: of all that is counted; 0 if not known. The
+    others are as of `evaluate`.
+    """
+    nats, errors, tokens = [], [], []
+
+    def weigh(params: Any, batch: Any, index_B: Any, key: jax.Array) -> np.ndarray:
+        made = (maker(params, batch, index_B, k) for k in jax.random.split(key, count))
+        return np.stack([-jax.device_get(one.cost_BL).sum(-1, dtype=np.float64) for one in made], 1)
+
+    for batch, log_w_BK in over_batches(weigh, params, batches, key=key, place=place):
+        nats_B, error_B = importance_bound(log_w_BK.T)
+        nats.append(nats_B)
+        errors.append(error_B)
+        tokens.append(batch["counted"].sum(axis=-1))
+        progress(sum(map(len, tokens)))
+    tokens_N = np.concatenate(tokens)
+    error = float(np.sqrt((np.concatenate(errors) ** 2).sum()) / tokens_N.sum())
+    return bound(np.concatenate(nats), tokens_N, total_bytes, error)
 
 
 def over_batches(
@@ -137,26 +206,45 @@ def over_batches(
 
 
 def _summarise(
-    scores_N4: np.ndarray, tokens_N: np.ndarray, total_bytes: int, draws: int
+    scores_RN4: np.ndarray, tokens_N: np.ndarray, total_bytes: int, draws: int
 ) -> Evaluation:
-    terms = dict(zip(Terms._fields, scores_N4.T, strict=True))
-    bounds = {
-        name: bound(sum(terms[term] for term in parts), tokens_N, total_bytes)
-        for name, parts in BOUNDS.items()
-    }
+    """scores_RN4: of R rounds."""
+    terms = dict(zip(Terms._fields, np.moveaxis(scores_RN4, -1, 0), strict=True))
     count = int(tokens_N.sum())
-    means = {name: float(term_N.sum() / count) for name, term_N in terms.items()}
+
+    def total(name: str) -> Bound:
+        nats_RN = sum(terms[term] for term in BOUNDS[name])
+        error = _draw_error(nats_RN) / count
+        return bound(nats_RN.mean(axis=0), tokens_N, total_bytes, error)
+
     return Evaluation(
-        **bounds, terms=means, sequences=len(tokens_N), tokens=count, bytes=total_bytes, draws=draws
+        nelbo=total("nelbo"),
+        nelbo_order=total("nelbo_order"),
+        terms={name: float(a_RN.mean(axis=0).sum() / count) for name, a_RN in terms.items()},
+        sequences=len(tokens_N),
+        tokens=count,
+        bytes=total_bytes,
+        draws=draws,
     )
 
 
-def bound(nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int) -> Bound:
+def _draw_error(nats_RN: np.ndarray) -> float:
+    """Standard error of the sum over N sequences of their means over R rounds, from the spread of
+    each sequence over its rounds, as draws are independent between sequences; nan for one."""
+    rounds = len(nats_RN)
+    if rounds < 2:
+        return math.nan
+    return math.sqrt(nats_RN.var(axis=0, ddof=1).sum() / rounds)
+
+
+def bound(
+    nats_N: np.ndarray, tokens_N: np.ndarray, total_bytes: int, draw_error: float = math.nan
+) -> Bound:
     """The bound from per-sequence nats and counted tokens; see `ratio`."""
     mean, error = ratio(nats_N, tokens_N)
     perplexity = math.exp(mean)
     bits = nats_N.sum() / math.log(2) / total_bytes if total_bytes else math.nan
-    return Bound(mean, error, perplexity, perplexity * error, float(bits))
+    return Bound(mean, error, draw_error, perplexity, perplexity * error, float(bits))
 
 
 def ratio(sums_N: np.ndarray, counts_N: np.ndarray) -> tuple[float, float]:
@@ -181,12 +269,19 @@ def report(evaluation: Evaluation, baseline: float) -> str:
         f"{evaluation.sequences:,} sequences, {evaluation.tokens:,} tokens, "
         f"{evaluation.bytes:,} bytes, {evaluation.draws} draws per sequence"
     ]
-    for name in BOUNDS:
-        b: Bound = getattr(evaluation, name)
-        lines.append(
-            f"{name:<12} {b.nats_per_token:.4f} ± {b.standard_error:.4f} nats/token   perplexity "
-            f"{b.perplexity:.2f} ± {b.perplexity_standard_error:.2f}   "
-            f"{b.bits_per_byte:.4f} bits/byte"
-        )
+    lines += [line(name, getattr(evaluation, name)) for name in BOUNDS]
+    if evaluation.importance is not None:
+        lines.append(f"{evaluation.trajectories} whole trajectories of each sequence together:")
+        lines.append(line("importance", evaluation.importance))
     lines.append(f"{'unigram':<12} {baseline:.4f} nats/token   perplexity {math.exp(baseline):.2f}")
     return "\n".join(lines)
+
+
+def line(name: str, b: Bound) -> str:
+    """A bound in a line for people."""
+    draws = "" if math.isnan(b.draw_error) else f" (draws ± {b.draw_error:.4f})"
+    return (
+        f"{name:<12} {b.nats_per_token:.4f} ± {b.standard_error:.4f}{draws} nats/token   "
+        f"perplexity {b.perplexity:.2f} ± {b.perplexity_standard_error:.2f}   "
+        f"{b.bits_per_byte:.4f} bits/byte"
+    )

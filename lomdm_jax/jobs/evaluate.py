@@ -1,16 +1,19 @@
 """Both bounds of a checkpoint on the validation set, and what its order is."""
 
 import json
+import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from lomdm_jax.data.pipeline import Batch
 from lomdm_jax.distributed import multihost
 from lomdm_jax.evaluation import likelihood, order_statistics
+from lomdm_jax.evaluation.trajectories import Maker, calls, make_trajectories
 from lomdm_jax.run import Run, objective_for, valid_batches
 from lomdm_jax.training.initial import fresh, saved_state
 from lomdm_jax.training.optimizer import make_optimizer
@@ -36,28 +39,14 @@ def _report_folder(run: Run) -> pathlib.Path:
 
 def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
     """A function of the parameters that scores the validation set, prints and saves the report."""
-    config = run.config.eval
-    objective = objective_for(run, config.estimator, samples=1)
-    scorer = run.jit(likelihood.make_scorer(run.generator, objective, config.draws))
     passport = run.prepared.passport("valid")
-    baseline = run.prepared.split("valid")["unigram_entropy"]
-    key = run.key(config.seed)
+    scored = make_scored(run)
 
     def evaluator(params: Any) -> likelihood.Evaluation:
-        uncounted = {"padding": 0, "given": 0}
-        evaluation = likelihood.evaluate(
-            scorer,
-            params,
-            _watched(valid_batches(run, config.sequences), uncounted),
-            key=key,
-            draws=config.draws,
-            byte_lengths=run.prepared.tokenizer.byte_lengths,
-            place=run.place,
-            progress=_scored_so_far(),
-        )
-        print(likelihood.report(evaluation, baseline), flush=True)
-        print(_describe(passport, uncounted), flush=True)
-        facts = {"estimator": config.estimator, "unigram_entropy": baseline, **flat(evaluation)}
+        evaluation, uncounted = scored(run, params)
+        baseline = run.prepared.split("valid")["unigram_entropy"]
+        facts = {"estimator": run.config.eval.estimator, "unigram_entropy": baseline}
+        facts |= {k: None if math.isnan(v) else v for k, v in flat(evaluation).items()}
         facts["data"] = passport | {"uncounted_tokens": uncounted}
         if multihost.leads():
             file = run.workdir / "evaluation.json"
@@ -68,14 +57,96 @@ def make_evaluator(run: Run) -> Callable[[Any], likelihood.Evaluation]:
     return evaluator
 
 
-def _watched(batches: Iterator[Batch], uncounted: dict[str, int]) -> Iterator[Batch]:
-    """The batches; of what they hold, what is not scored is counted by kind as they pass."""
-    for batch in batches:
-        padding_BL = batch.get("padding", np.zeros_like(batch["counted"]))
-        real_B = (batch["counted"] | padding_BL).any(-1)  # a last batch is filled up
-        uncounted["padding"] += int(padding_BL.sum())
-        uncounted["given"] += int((~batch["counted"] & ~padding_BL)[real_B].sum())
-        yield batch
+def make_scored(first: Run) -> Callable[[Run, Any], tuple[likelihood.Evaluation, dict[str, int]]]:
+    """A function of a run and parameters that scores the run's validation set and prints a report:
+    the evaluation, and what was not counted, by kind. It is compiled once for all runs that have
+    the model and the settings of the first, and the shapes of its batches."""
+    config = first.config.eval
+    objective = objective_for(first, config.estimator, samples=1)
+    scorer = first.jit(likelihood.make_scorer(first.generator, objective, config.draws))
+    maker = first.jit(make_trajectories(first.generator)) if config.trajectories else None
+    key = first.key(config.seed)
+
+    def scored(run: Run, params: Any) -> tuple[likelihood.Evaluation, dict[str, int]]:
+        watched = _Watched(lambda: valid_batches(run, config.sequences))
+        evaluation = likelihood.evaluate(
+            scorer,
+            params,
+            watched,
+            key=key,
+            draws=config.draws,
+            byte_lengths=run.prepared.tokenizer.byte_lengths,
+            draw_error=config.draw_error,
+            place=run.place,
+            progress=_scored_so_far(),
+            after_round=_round_of(config.draw_error),
+        )
+        if maker is not None:
+            evaluation = _with_trajectories(run, maker, params, watched, evaluation)
+        baseline = run.prepared.split("valid")["unigram_entropy"]
+        print(likelihood.report(evaluation, baseline), flush=True)
+        print(_describe(run.prepared.passport("valid"), watched.uncounted), flush=True)
+        return evaluation, watched.uncounted
+
+    return scored
+
+
+def _with_trajectories(
+    run: Run, maker: Maker, params: Any, batches: Iterable[Batch], evaluation: likelihood.Evaluation
+) -> likelihood.Evaluation:
+    """The evaluation with the bound of whole trajectories."""
+    count, length = run.config.eval.trajectories, run.prepared.length
+    passes = calls(run.generator, length, length)
+    print(
+        f"{count} whole trajectories of each of {evaluation.sequences:,} sequences: {passes} "
+        f"network call(s) each, {count * passes * evaluation.sequences:,} passes in all",
+        flush=True,
+    )
+    together = likelihood.importance(
+        maker,
+        params,
+        batches,
+        key=jax.random.fold_in(run.key(run.config.eval.seed), 2**31),  # no row's nor round's
+        count=count,
+        total_bytes=evaluation.bytes,
+        place=run.place,
+        progress=_scored_so_far(),
+    )
+    return evaluation._replace(importance=together, trajectories=count)
+
+
+class _Watched:
+    """Batches, from the first one in every pass; `uncounted`: of what the last pass held, what is
+    not scored, by kind."""
+
+    def __init__(self, batches: Callable[[], Iterator[Batch]]):
+        self._batches = batches
+        self.uncounted = {"padding": 0, "given": 0}
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.uncounted = uncounted = {"padding": 0, "given": 0}
+        for batch in self._batches():
+            padding_BL = batch.get("padding", np.zeros_like(batch["counted"]))
+            real_B = (batch["counted"] | padding_BL).any(-1)  # a last batch is filled up
+            uncounted["padding"] += int(padding_BL.sum())
+            uncounted["given"] += int((~batch["counted"] & ~padding_BL)[real_B].sum())
+            yield batch
+
+
+def _round_of(asked: float) -> Callable[[int, float], None]:
+    """Prints a line on each round of draws."""
+
+    def show(rounds: int, error: float) -> None:
+        known = "not known from one" if math.isnan(error) else f"± {error:.5f}"
+        print(f"round {rounds}: draws {known}, asked ± {asked:g} nats/token", flush=True)
+        if rounds == likelihood.ROUNDS and error > asked:
+            print(
+                f"no more rounds than {rounds}: the draws' error is above config.eval.draw_error; "
+                "more config.eval.draws per round would bring it down",
+                flush=True,
+            )
+
+    return show
 
 
 def _describe(passport: dict[str, Any], uncounted: dict[str, int]) -> str:
@@ -128,9 +199,11 @@ def _scored_so_far() -> Callable[[int], None]:
 
 
 def flat(evaluation: likelihood.Evaluation) -> dict[str, float]:
-    """One level of names, for tables."""
+    """One level of names, for tables; nan for what is not known."""
     row: dict[str, float] = {}
-    for name in likelihood.BOUNDS:
-        row |= {f"{name}_{k}": v for k, v in getattr(evaluation, name)._asdict().items()}
-    counts = ("sequences", "tokens", "bytes", "draws")
+    unknown = likelihood.Bound(*[math.nan] * len(likelihood.Bound._fields))  # the same columns
+    for name in (*likelihood.BOUNDS, "importance"):
+        bound = getattr(evaluation, name) or unknown
+        row |= {f"{name}_{k}": v for k, v in bound._asdict().items()}
+    counts = ("sequences", "tokens", "bytes", "draws", "trajectories")
     return row | evaluation.terms | {name: getattr(evaluation, name) for name in counts}

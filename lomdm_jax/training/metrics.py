@@ -51,6 +51,7 @@ class MetricWriter:
     def __init__(self, folder: pathlib.Path, name: str, step: int = 0):
         self.folder, self._path, self._name = folder, folder / f"{name}.csv", name
         self._events: SummaryWriter | None = None
+        self._columns: list[str] | None = None
         if multihost.leads():
             self._drop_after(step)
             events = str(folder / "tensorboard" / name)
@@ -82,12 +83,24 @@ class MetricWriter:
                 self._events.close()
 
     def _append(self, row: Mapping[str, float]) -> None:
-        new = not self._path.exists()
+        if self._columns is None:
+            self._columns = self._begin(list(row))
         with open(self._path, "a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, self._columns).writerow(row)
+
+    def _begin(self, names: list[str]) -> list[str]:
+        """The columns of the file, made to hold these: an older version may have written fewer."""
+        rows = []
+        if self._path.exists():
+            with open(self._path, newline="") as file:
+                reader = csv.DictReader(file)
+                old, rows = list(reader.fieldnames or ()), list(reader)
+            names = [*old, *(name for name in names if name not in old)]
+        with open(self._path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        return names
 
     def _drop_after(self, step: int) -> None:
         if not self._path.exists():

@@ -1,5 +1,6 @@
 """The evaluation against exact bounds, and its standard errors against repetition."""
 
+import functools
 import math
 
 import jax
@@ -8,12 +9,21 @@ import numpy as np
 import pytest
 
 from lomdm_jax.config import default_config
-from lomdm_jax.evaluation.likelihood import bound, evaluate, make_scorer, report
+from lomdm_jax.evaluation import likelihood
+from lomdm_jax.evaluation.likelihood import bound, evaluate, importance, make_scorer, report
+from lomdm_jax.evaluation.trajectories import make_trajectories
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.objectives import make_objective
 from tests import oracle
 
-MODEL = oracle.TableModel(length=3, vocab=2)
+
+class Table(oracle.TableModel):
+    """The free table as the evaluation sees it."""
+
+    one_pass = "state"
+
+
+MODEL = Table(length=3, vocab=2)
 PARAMS = MODEL.init(jax.random.key(0))
 BYTES = np.array([1, 4, 0], np.int32)
 
@@ -27,11 +37,17 @@ def batches(size, copies=1):
         yield {"tokens": np.pad(part, padding), "counted": np.pad(part >= 0, padding)}
 
 
-def run(name, size, draws=16, copies=1, change=lambda batch: batch):
+@functools.cache
+def scorer_of(name, draws):
     objective = make_objective(name, mask_id=2, samples=1, eps=1e-3, reconstruction_share=0.1)
-    scorer = jax.jit(make_scorer(MODEL, objective, draws))
-    data, key = map(change, batches(size, copies)), jax.random.key(3)
-    return evaluate(scorer, PARAMS, data, key=key, draws=draws, byte_lengths=BYTES)
+    return jax.jit(make_scorer(MODEL, objective, draws))
+
+
+def run(name, size, draws=16, copies=1, change=lambda batch: batch, seed=3, **options):
+    scorer = scorer_of(name, draws)
+    data, key = list(map(change, batches(size, copies))), jax.random.key(seed)
+    known = dict(key=key, draws=draws, byte_lengths=BYTES)
+    return evaluate(scorer, PARAMS, data, **known, **options)
 
 
 @pytest.mark.parametrize("name", ["order", "continuous"])
@@ -124,3 +140,58 @@ def test_standard_error_is_the_spread_over_repeated_data_sets():
         found.append(bound(tokens * rng.normal(2.0, 0.5, 200) + rng.normal(0, 1, 200), tokens, 1))
     spread = np.std([b.nats_per_token for b in found])
     assert np.mean([b.standard_error for b in found]) == pytest.approx(spread, rel=0.05)
+
+
+def test_one_round_is_the_first_of_several_and_its_draws_error_is_not_known():
+    rounds = []
+    one = run("order", size=8, after_round=lambda *told: rounds.append(told))
+    assert math.isnan(one.nelbo.draw_error) and not rounds
+    many = run("order", size=8, draw_error=0.05, after_round=lambda *told: rounds.append(told))
+    assert [number for number, _ in rounds] == list(range(1, len(rounds) + 1))
+    assert many.draws == 16 * len(rounds) > 16 and math.isnan(rounds[0][1])
+    assert all(error > 0.05 for _, error in rounds[1:-1]) and rounds[-1][1] <= 0.05
+    assert rounds[-1][1] == max(many.nelbo.draw_error, many.nelbo_order.draw_error)
+    assert "(draws ± " in report(many, 0.69) and "(draws ± " not in report(one, 0.69)
+    assert (many.sequences, many.tokens, many.bytes) == (one.sequences, one.tokens, one.bytes)
+
+
+def test_the_draws_error_is_the_spread_over_repeated_evaluations_of_the_same_text():
+    found = [run("order", size=8, draws=1, draw_error=0.2, seed=seed) for seed in range(60)]
+    for name in ("nelbo", "nelbo_order"):
+        bounds = [getattr(evaluation, name) for evaluation in found]
+        spread = np.std([b.nats_per_token for b in bounds], ddof=1)
+        stated = np.sqrt(np.mean([b.draw_error**2 for b in bounds]))
+        assert stated == pytest.approx(spread, rel=0.4)
+    assert len({evaluation.draws for evaluation in found}) > 1
+
+
+def test_rounds_end_at_their_maximum(monkeypatch):
+    monkeypatch.setattr(likelihood, "ROUNDS", 3)
+    assert run("order", size=8, draws=2, draw_error=1e-9).draws == 6
+
+
+def test_trajectories_together_are_between_the_bound_and_the_likelihood():
+    """Of every sequence equally often; the exact numbers are the mean over the eight."""
+    exact = [oracle.states_of(MODEL, PARAMS, x) for x in oracle.sequences(3, 2)]
+    bounds = [oracle.closed_form(states) for states in exact]
+    order = float(np.mean([b.main + b.order for b in bounds])) / 3
+    log_p = float(np.mean([oracle.log_p(MODEL, PARAMS, x) for x in oracle.sequences(3, 2)])) / 3
+    maker = jax.jit(make_trajectories(MODEL))
+    found = {
+        count: importance(
+            maker,
+            PARAMS,
+            batches(300, 100),
+            key=jax.random.key(0),
+            count=count,
+            total_bytes=6000,
+        )
+        for count in (1, 64)
+    }
+    assert abs(found[1].nats_per_token - order) < 4 * found[1].standard_error
+    assert math.isnan(found[1].draw_error) and found[64].draw_error < 0.01
+    assert -log_p - 4 * found[64].draw_error < found[64].nats_per_token < order - 0.01
+    assert found[64].nats_per_token + log_p < 0.1 * (order + log_p)
+    assert found[64].bits_per_byte == pytest.approx(
+        found[64].nats_per_token * 2400 / math.log(2) / 6000
+    )

@@ -291,3 +291,15 @@ def test_bad_settings_are_refused(tmp_path, key, value, words):
     with pytest.raises(UserError) as error:
         run(tmp_path, World(), **{key: value})
     assert all(word in str(error.value) for word in [f"config.train.{key}", *words]), error.value
+
+
+def test_a_file_of_an_older_version_gets_the_new_columns(tmp_path):
+    (tmp_path / "eval.csv").write_text("step,loss\n10,2.5\n20,2.0\n")
+    writer = MetricWriter(tmp_path, "eval", step=10)
+    writer.write(20, {"error": 0.1, "loss": 1.5})
+    writer.close()
+    assert (tmp_path / "eval.csv").read_text().split() == [
+        "step,loss,error",
+        "10,2.5,",
+        "20,1.5,0.1",
+    ]
