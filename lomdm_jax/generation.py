@@ -64,17 +64,17 @@ def given_of(
     Raises:
       UserError: a prompt does not fit, or the file of prompts is missing or empty.
     """
-    rows = []
+    rows, length = [], length_of(settings, window)
     for prompt in _prompts(settings):
-        start, end = _ids(tokenizer, prompt), _ids(tokenizer, settings.suffix)
+        start, end = (_ids(tokenizer, text, length) for text in (prompt, settings.suffix))
         if starts_with_eos and start[:1] in ([], [None]):
             start = [tokenizer.eos_id, *start]
-        blank = length_of(settings, window) - len(start) - len(end)
+        blank = length - len(start) - len(end)
         if blank < 0:
             raise UserError(
                 f"The prompt {prompt!r} ({len(start)} tokens, blanks included) and "
                 f"config.sample.suffix ({len(end)} tokens) do not fit in "
-                f"{length_of(settings, window)} tokens: shorten them, or set config.sample.length."
+                f"{length} tokens: shorten them, or set config.sample.length."
             )
         rows += [start + [None] * blank + end] * settings.count
     given_BT = np.array([[token is not None for token in row] for row in rows])
@@ -97,10 +97,15 @@ def _prompts(settings: ConfigDict) -> list[str]:
     return prompts
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int | None]:
-    """Token ids, None in blanks."""
+def _ids(tokenizer: Tokenizer, text: str, length: int) -> list[int | None]:
+    """Token ids, None in blanks, none of which may have more than `length`."""
     ids: list[int | None] = []
     for number, part in enumerate(BLANK.split(text)):
+        if number % 2 and (len(part) > len(str(length)) or int(part) > length):
+            raise UserError(
+                f"The prompt has a blank of {part[:20]} tokens, but a sample has {length}: make it "
+                "shorter."
+            )
         ids += [None] * int(part) if number % 2 else tokenizer.encode(part)
     return ids
 
@@ -133,12 +138,14 @@ def compiled(model: Trained, settings: ConfigDict, rows: int) -> Program:
     keys_B = model.row_keys(0, np.arange(rows))
     start = jax.jit(sampler.start).lower(model.params, keys_B, *known).compile()
     state = start(model.params, keys_B, *known)
-    advance = jax.jit(sampler.advance).lower(model.params, state, np.int32(1)).compile()
+    # Where a state begins it stays, so that it can be advanced again.
+    stays = jax.tree.map(lambda a: a.sharding, state)
+    traced = jax.jit(sampler.advance, out_shardings=stays).lower(model.params, state, np.int32(1))
 
     def finish(state: Any) -> tuple[Samples, jax.Array]:
         return sampler.finish(state), ~sampler.unfinished(state)
 
-    return Program(model, rows, start, advance, model.jit(finish))
+    return Program(model, rows, start, traced.compile(), model.jit(finish))
 
 
 def stream(

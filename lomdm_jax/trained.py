@@ -1,7 +1,7 @@
 """A trained model: what every job after training needs, and no training data."""
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,6 +65,12 @@ def load(folder: pathlib.Path, config: ConfigDict | None = None) -> Trained:
     generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
     params = _parameters(folder, config, tokenizer, mesh)
     return Trained(config, folder, tokenizer, generator, mesh, params)
+
+
+def names_of(folders: Sequence[pathlib.Path]) -> list[str]:
+    """The folders' own names; whole paths where two have the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _parameters(folder: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer, mesh: Mesh) -> Any:

@@ -63,6 +63,8 @@ def test_a_file_of_prompts_gives_rows_of_different_lengths(tmp_path):
 def test_a_prompt_that_does_not_fit_is_refused_with_its_length():
     with pytest.raises(UserError, match=r"12 tokens, blanks included.*5 tokens.*16 tokens"):
         given(prompt="abcd[[8]]", suffix="vwxyz")
+    with pytest.raises(UserError, match="a blank of 9999999999 tokens, but a sample has 16"):
+        given(prompt="[[9999999999]]")
 
 
 def test_samples_do_not_depend_on_the_batch_size(model):

@@ -30,7 +30,7 @@ from lomdm_jax.evaluation.order_means import Mean
 from lomdm_jax.evaluation.order_page import Curve, Shown, page, rank_curve
 from lomdm_jax.evaluation.order_text import SampleTrace, figure_of_texts
 from lomdm_jax.evaluation.trajectories import calls, make_trajectories
-from lomdm_jax.trained import Trained, load
+from lomdm_jax.trained import Trained, load, names_of
 
 SHOWN = 8  # texts that the page replays; all count in the charts
 DRAWN = 3  # texts in the picture of a run
@@ -46,7 +46,7 @@ def report(model: Trained) -> None:
     """
     config = model.config.report
     runs = [model, *map(load, _others(model))]
-    names = _names([run.workdir for run in runs])
+    names = names_of([run.workdir for run in runs])
     rows = order_texts.read(runs, config.texts, config.sequences)
     readings = [
         _read(*each, seed=model.config.eval.seed) for each in zip(runs, names, rows, strict=True)
@@ -78,12 +78,6 @@ def _others(model: Trained) -> list[pathlib.Path]:
                 "an order alone has not. Leave it out of config.report.runs."
             )
     return folders
-
-
-def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-    """The folders' own names; whole paths where two have the same."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _read(run: Trained, name: str, rows: Batch, seed: int) -> Reading:
