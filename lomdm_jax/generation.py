@@ -18,6 +18,7 @@ from lomdm_jax.trained import Trained
 
 BLANK = re.compile(r"\[\[(\d+)\]\]")
 SECONDS = 2.0  # between two looks at a sampler that is running
+TOGETHER = 64  # steps between two looks where several processes sample
 
 
 class Given(NamedTuple):
@@ -153,17 +154,19 @@ def stream(
 ) -> Iterator[Samples]:
     """What there is of the samples from time to time, on the host; the last is complete.
 
-    every: steps between two looks; 0 for as many as take about SECONDS.
+    every: steps between two looks; 0 for as many as take about SECONDS, or for TOGETHER.
     first: number of the first sequence among all; each has draws of its own.
     """
-    model, steps, done = program.model, every or 1, False
+    # All processes must take the same steps, so their clocks have no say.
+    alone, model, done = jax.process_count() == 1, program.model, False
+    steps = every or (1 if alone else TOGETHER)
     keys_B = model.row_keys(seed, first + np.arange(program.rows))
     state = program.start(model.params, keys_B, *model.place(tuple(given)))
     while not done:
         began = time.perf_counter()
         state = program.advance(model.params, state, np.int32(steps))
         samples, done = jax.device_get(program.finish(state))
-        if not every and time.perf_counter() - began < SECONDS:
+        if alone and not every and time.perf_counter() - began < SECONDS:
             steps *= 2
         yield samples
 
