@@ -1,7 +1,10 @@
 """Settings that must be made before JAX starts, and that subprocesses of tests inherit."""
 
 import os
+import shutil
 import tempfile
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Eight simulated devices, so that meshes can be tested on a CPU. Most of a test's time is the
@@ -15,3 +18,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have that of the process 
     os.environ["HF_HOME"] = _cache.name  # nothing of the user's is read or written
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is asked of a network
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window. Playwright keeps an event loop running, beside which neither
+    another of its own nor orbax would start: so it ends with the module."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with api.sync_playwright() as playwright:
+        try:
+            chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        except api.Error as error:
+            pytest.skip(f"needs Chromium: {error}".splitlines()[0])
+        yield chromium
+        chromium.close()

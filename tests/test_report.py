@@ -4,7 +4,6 @@ and what is refused."""
 import csv
 import json
 import re
-import shutil
 
 import jax
 import numpy as np
@@ -198,24 +197,12 @@ def test_the_page_needs_nothing_from_outside(folder):
         assert (folder / link).exists()
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if path is None:
-        pytest.skip("no chromium is installed")
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1200, 360])
-def test_the_page_works_in_a_browser(chromium, folder, scheme, width):
+def test_the_page_works_in_a_browser(browser, folder, scheme, width):
     from playwright.sync_api import expect
 
-    view = chromium.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
+    view = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
     wrong, asked, address = [], [], (folder / "report.html").as_uri()
     view.on("console", lambda message: wrong.append(message.text))
     view.on("pageerror", lambda error: wrong.append(str(error)))

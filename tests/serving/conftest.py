@@ -1,7 +1,6 @@
 """A server with a backend that answers at once, or when it is told to."""
 
 import contextlib
-import shutil
 import threading
 import time
 
@@ -126,18 +125,3 @@ def eventually():
             time.sleep(0.01)
 
     return wait
-
-
-@pytest.fixture(scope="session")
-def browser():
-    """Chromium without a window."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    with api.sync_playwright() as playwright:
-        try:
-            chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"needs Chromium: {error}".splitlines()[0])
-        yield chromium
-        chromium.close()
