@@ -52,23 +52,21 @@ def written(samples: Samples) -> np.ndarray:
     return np.asarray((samples.revealed_BT > 0) & counts)
 
 
-def given_of(
-    tokenizer: Tokenizer, settings: ConfigDict, window: int, *, starts_with_eos: bool
-) -> Given:
+def given_of(model: Trained, settings: ConfigDict) -> Given:
     """The sequences that a config section `sample` asks for, `count` of each prompt.
 
     In a prompt [[N]] stands for a blank of N tokens; what follows it, up to the suffix, is blank.
-
-    window: `data.length`.
-    starts_with_eos: whether the first position is never generated; end of text precedes a text.
+    Where the first position is never generated (`objective.ignore_first`), an end of text precedes
+    what begins with a blank.
 
     Raises:
       UserError: a prompt does not fit, or the file of prompts is missing or empty.
     """
-    rows, length = [], length_of(settings, window)
+    tokenizer, rows = model.tokenizer, []
+    length = length_of(settings, model.config.data.length)
     for prompt in _prompts(settings):
         start, end = (_ids(tokenizer, text, length) for text in (prompt, settings.suffix))
-        if starts_with_eos and start[:1] in ([], [None]):
+        if model.config.objective.ignore_first and start[:1] in ([], [None]):
             start = [tokenizer.eos_id, *start]
         blank = length - len(start) - len(end)
         if blank < 0:
@@ -180,8 +178,7 @@ def generate(model: Trained, settings: ConfigDict, given: Given | None = None) -
       UserError: a prompt does not fit, or sequences do not split over the devices.
     """
     if given is None:
-        first, window = model.config.objective.ignore_first, model.config.data.length
-        given = given_of(model.tokenizer, settings, window, starts_with_eos=first)
+        given = given_of(model, settings)
     total = len(given.given_BT)
     program = compiled(model, settings, min(settings.batch_size, total))
     began = time.perf_counter()

@@ -1,5 +1,7 @@
 """From prompts to samples: blanks, files of prompts, batches, and what is left of a stream."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -21,8 +23,11 @@ def settings(**changes):
     return config
 
 
-def given(starts_with_eos=False, **changes):
-    return given_of(TOKENIZER, settings(**changes), LENGTH, starts_with_eos=starts_with_eos)
+def given(ignore_first=False, **changes):
+    """Of a model without a network."""
+    config = default_config()
+    config.data.length, config.objective.ignore_first = LENGTH, ignore_first
+    return given_of(Trained(config, Path(), TOKENIZER, *[None] * 3), settings(**changes))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def test_blanks_stand_where_they_are_and_the_rest_follows():
     expected = [1, 1, 0, 0, 0, 1, *[0] * 9, 1]
     np.testing.assert_array_equal(known, [np.array(expected) > 0] * 2)
     np.testing.assert_array_equal(tokens[0, [0, 1, 5, 15]], TOKENIZER.encode("abcz"))
-    tokens, known = given(prompt="[[1]]a", starts_with_eos=True)
+    tokens, known = given(prompt="[[1]]a", ignore_first=True)
     assert tokens[0, 0] == TOKENIZER.eos_id
     np.testing.assert_array_equal(known[0, :4], [True, False, True, False])
 

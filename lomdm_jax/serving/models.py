@@ -43,7 +43,7 @@ class Models:
             raise UserError(f"run is {name!r}, but there are only {known}: choose one of them.")
         model = self._models[name]
         settings = settings_of(model.config, request)
-        return self._events(name, model, settings, _given(model, settings))
+        return self._events(name, model, settings, given_of(model, settings))
 
     def _events(self, name: str, model: Trained, settings: ConfigDict, given: Given) -> Events:
         known_T, pieces = given.given_BT[0], model.tokenizer.pieces(given.tokens_BT[0].tolist())
@@ -102,12 +102,6 @@ def settings_of(config: ConfigDict, request: Request) -> ConfigDict:
         raise UserError(f"length is {changed.sample.length}, but a page shows {window} at most.")
     validate(changed)
     return changed.sample
-
-
-def _given(model: Trained, settings: ConfigDict) -> Given:
-    """What a request gives of every sample."""
-    first, window = model.config.objective.ignore_first, model.config.data.length
-    return given_of(model.tokenizer, settings, window, starts_with_eos=first)
 
 
 def _facts(name: str, model: Trained) -> dict[str, Any]:
