@@ -11,7 +11,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lomdm_jax import objectives, orders
-from lomdm_jax.data import prepare
 from lomdm_jax.data.presets import PRESETS
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.models.transformer import REMAT
@@ -23,6 +22,7 @@ DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("own", "ranked")
 GIVEN = ("posterior", "text")
 ON_BAD_STEP = ("stop", "skip")
+IMPORTED_WEIGHTS = ("ema", "raw")
 
 
 # By section; `validate` says what each leaf may be.
@@ -231,6 +231,17 @@ _DEFAULTS = {
         "samples": 8,  # per request at most
         "characters": 20_000,  # of a prompt and its suffix at most
     },
+    "export": {  # --job export: files for PyTorch
+        "folder": "",  # a new one, or that of an earlier export; "" for `export` in the run's own
+    },
+    "import": {  # --job import: a run's folder from what PyTorch holds
+        # The folder of an export; a folder of the Hugging Face form, or a file of Lightning's, of
+        # an MDLM or a BD3-LM.
+        "source": "",
+        "weights": "ema",  # "raw": not the average, where a file has both
+        "length": 0,  # tokens per sequence of an MDLM or BD3-LM; 0 for what it says itself
+        "order": "",  # of an MDLM or BD3-LM, "mdm" or "block:SIZE"; "" for what it says itself
+    },
     "mesh": {  # devices; data x fsdp x tensor of them
         "data": -1,  # copies of the model, which share each batch; -1 for all that are left
         "fsdp": 1,  # share each batch, and the parameters, their average and the optimizer state
@@ -315,7 +326,8 @@ def _convert(key: str, text: str, default: bool | int | float | str) -> bool | i
 
 
 def validate(config: ConfigDict) -> None:
-    """Check every leaf and every combination that can be checked without data or devices.
+    """Check every leaf and every combination that can be checked without data or devices; the
+    sources and the tokenizer are for `prepare.check`, for what needs them.
 
     Raises:
       UserError: names the key, the value and the remedy.
@@ -323,7 +335,6 @@ def validate(config: ConfigDict) -> None:
     _check_numbers(config)
     _check_choices(config)
     _check_combinations(config)
-    prepare.check(config.data)
 
 
 _POSITIVE = (
@@ -340,7 +351,7 @@ _NOT_NEGATIVE = (
     "eval.sequences eval.draw_error eval.trajectories eval.seed "
     "sample.dependence sample.threshold sample.temperature sample.top_k "
     "sample.length sample.block sample.seed train.seed train.spike "
-    "serve.port serve.queue"
+    "serve.port serve.queue import.length"
 ).split()
 _BELOW_ONE = (
     "model.dropout optimizer.b1 optimizer.b2 optimizer.ema_decay objective.eps "
@@ -386,10 +397,13 @@ def _check_choices(config: ConfigDict) -> None:
         "sample.sampler": (*SCORES, "ancestral"),
         "sample.grid": GRIDS,
         "sample.given": GIVEN,
+        "import.weights": IMPORTED_WEIGHTS,
     }
     for key, allowed in choices.items():
         if leaf(config, key) not in allowed:
             _reject(config, key, f"it must be one of {', '.join(allowed)}.")
+    if not re.fullmatch(r"(mdm|block:\d+)?", leaf(config, "import.order")):
+        _reject(config, "import.order", 'it must be "mdm", "block:SIZE" or "".')
     for name in config.zero_shot.sets.split(","):
         if name.strip() not in PRESETS:
             remedy = f"{name.strip()!r} is no preset: use some of {', '.join(PRESETS)}."

@@ -1,5 +1,7 @@
 """Text from a trained model: prompts with blanks, samplers compiled once, and what they wrote."""
 
+import functools
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -7,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lomdm_jax.data.tokenizers import Tokenizer
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.errors import UserError
+from lomdm_jax.generator import Generator
 from lomdm_jax.sampling import length_of, make_sampler
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.trained import Trained
@@ -19,6 +23,9 @@ from lomdm_jax.trained import Trained
 BLANK = re.compile(r"\[\[(\d+)\]\]")
 SECONDS = 2.0  # between two looks at a sampler that is running
 TOGETHER = 64  # steps between two looks where several processes sample
+KEPT = 32  # compiled samplers: each takes seconds to make, and memory
+# What a compiled sampler does not depend on, of a config section `sample`.
+FREE = ("prompt", "suffix", "prompts", "seed", "count", "batch_size")
 
 
 class Given(NamedTuple):
@@ -43,6 +50,32 @@ class Generated(NamedTuple):
     def tokens_per_second(self) -> float:
         """Tokens that were generated and count, of all sequences together."""
         return float(written(self.samples).sum() / self.seconds)
+
+
+class Completion(NamedTuple):
+    """One sample. By position, with given text at its place: the token ids; the step that revealed
+    each (1, 2, ...; 0 if given); the order's probability that the position came next, and the
+    log-probability of the token (nats), both 0 if given.
+
+    text: of the first `length` tokens, up to the end of text where sampling stops at one.
+    calls: network calls that it needed.
+    """
+
+    text: str
+    tokens: list[int]
+    revealed: list[int]
+    share: list[float]
+    log_p: list[float]
+    length: int
+    calls: int
+
+
+def completions(generated: Generated) -> list[Completion]:
+    """Each sample by itself."""
+    samples = generated.samples
+    names = ("tokens_BT", "revealed_BT", "share_BT", "log_p_BT", "length_B", "calls_B")
+    columns = (getattr(samples, name).tolist() for name in names)
+    return [Completion(*each) for each in zip(generated.texts, *columns, strict=True)]
 
 
 def written(samples: Samples) -> np.ndarray:
@@ -131,20 +164,43 @@ def compiled(model: Trained, settings: ConfigDict, rows: int) -> Program:
     """
     meshes.check_divides(model.mesh, "sample.batch_size", rows)
     window = model.config.data.length
-    sampler = make_sampler(settings, model.generator, model.tokenizer.eos_id, window)
+    eos_id = model.tokenizer.eos_id
+    do = _functions(facts_of(settings), model.mesh, model.generator, eos_id, window)
     shape = (rows, length_of(settings, window))
     known = model.place((np.zeros(shape, np.int32), np.zeros(shape, bool)))
     keys_B = model.row_keys(0, np.arange(rows))
-    start = jax.jit(sampler.start).lower(model.params, keys_B, *known).compile()
+    start = jax.jit(do.start).lower(model.params, keys_B, *known).compile()
     state = start(model.params, keys_B, *known)
     # Where a state begins it stays, so that it can be advanced again.
     stays = jax.tree.map(lambda a: a.sharding, state)
-    traced = jax.jit(sampler.advance, out_shardings=stays).lower(model.params, state, np.int32(1))
+    traced = jax.jit(do.advance, out_shardings=stays).lower(model.params, state, np.int32(1))
+    return Program(model, rows, start, traced.compile(), do.finish)
+
+
+def facts_of(settings: ConfigDict) -> str:
+    """What a compiled sampler depends on, of a config section `sample`."""
+    return json.dumps({k: v for k, v in settings.items() if k not in FREE}, sort_keys=True)
+
+
+class _Functions(NamedTuple):
+    """See `Program`; not compiled but for `finish`, which is when it is called."""
+
+    start: Callable[..., Any]
+    advance: Callable[..., Any]
+    finish: Callable[[Any], tuple[Samples, jax.Array]]
+
+
+@functools.lru_cache(KEPT)
+def _functions(
+    facts: str, mesh: Mesh, generator: Generator, eos_id: int, window: int
+) -> _Functions:
+    """Kept, for JAX compiles the very same function once for the same shapes."""
+    sampler = make_sampler(ConfigDict(json.loads(facts)), generator, eos_id, window)
 
     def finish(state: Any) -> tuple[Samples, jax.Array]:
         return sampler.finish(state), ~sampler.unfinished(state)
 
-    return Program(model, rows, start, traced.compile(), model.jit(finish))
+    return _Functions(sampler.start, sampler.advance, meshes.run_everywhere(mesh, finish))
 
 
 def stream(
@@ -180,7 +236,7 @@ def generate(model: Trained, settings: ConfigDict, given: Given | None = None) -
     if given is None:
         given = given_of(model, settings)
     total = len(given.given_BT)
-    program = compiled(model, settings, min(settings.batch_size, total))
+    program = compiled(model, settings, min(settings.batch_size, model.even(total)))
     began = time.perf_counter()
     found: list[Samples] = []
     progress = _progress(int((~given.given_BT).sum()))

@@ -167,19 +167,22 @@ def _denoiser(config: ConfigDict, vocab_size: int, mask_id: int, rngs: nnx.Rngs)
         dtype=jnp.dtype(model.dtype),
         remat=model.remat,
     )
+    return Denoiser(sizes, mask_id=mask_id, rngs=rngs, **architecture(config))
+
+
+def architecture(config: ConfigDict) -> dict[str, Any]:
+    """What a `Denoiser` is made with besides its sizes and the mask token, by the names of its
+    arguments; plain values."""
     order, length = make_order(**config.order), config.data.length
     groups = tuple(order.groups(length).tolist()) if order.groups else None
-    return Denoiser(
-        sizes,
-        length=length,
-        mask_id=mask_id,
-        scores=order.scores,
-        head_layers=model.head_layers,
-        walks=order.walks,
-        layout=_layout(order.one_pass(model.layout), groups),
-        groups=groups,
-        rngs=rngs,
-    )
+    return {
+        "length": length,
+        "scores": order.scores,
+        "head_layers": config.model.head_layers,
+        "walks": order.walks,
+        "layout": _layout(order.one_pass(config.model.layout), groups),
+        "groups": groups,
+    }
 
 
 def _layout(one_pass: str, groups: tuple[int, ...] | None) -> str:

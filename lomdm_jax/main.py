@@ -2,17 +2,19 @@
 
 import contextlib
 import importlib
+import keyword
 import os
 import pathlib
 import runpy
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from lomdm_jax.config import override, saved_config, validate
-from lomdm_jax.data.prepare import describe, prepare
+from lomdm_jax.config import default_config, override, saved_config, validate
+from lomdm_jax.data.prepare import check, describe, prepare
 from lomdm_jax.data.presets import PRESETS, apply
 from lomdm_jax.errors import UserError
 
@@ -35,6 +37,8 @@ jobs
   generative perplexity of samples under a judge, with their entropy, over network calls
   report     the orders of one or several runs side by side on the same text: pages and figures
   serve      a local page to try a run in: prompts, blanks, samplers, tokens as they appear
+  export     a checkpoint as files for PyTorch and the package transformers
+  import     a run's folder, --workdir, from such files, or from an MDLM's or a BD3-LM's checkpoint
   compile    whether the training step fits, and how fast it should be, on the devices that are
              here or on a TPU slice that is not: --topology v5e:4x4. Needs no data
 
@@ -65,6 +69,7 @@ common keys (all of them, with defaults and reasons: lomdm_jax/config.py)
   --config.sample.reveal=POSITIONS       --config.sample.steps=N (ancestral)
   --config.sample.temperature=T          --config.sample.top_p=P
   --config.score.text=TEXT               --config.report.runs=FOLDER,FOLDER
+  --config.export.folder=FOLDER          --config.import.source=FOLDER or FILE
   --config.checkpoint.restore=latest|best|STEP
 
 examples
@@ -80,8 +85,8 @@ order.html and order.png; and what the jobs after training write.
 """
 # What needs data, and what needs but a trained model; of a trained run both know the config.
 WITH_DATA = ("train", "evaluate")
-WITH_MODEL = ("zero-shot", "sample", "score", "generative", "report", "serve")
-JOBS = ("prepare", "compile", *WITH_DATA, *WITH_MODEL)
+WITH_MODEL = ("zero-shot", "sample", "score", "generative", "report", "serve", "export")
+JOBS = ("prepare", "compile", "import", *WITH_DATA, *WITH_MODEL)
 OPTIONS = ("config", "data", "job", "workdir", "resume", "topology", "distributed")
 
 
@@ -129,6 +134,8 @@ def parse(argv: list[str]) -> Command:
     for key, text in overrides:
         override(config, key, text)
     validate(config)
+    if job not in (*WITH_MODEL, "import"):  # a run's folder may lie where its data do not
+        check(config.data)
     resume = options.get("resume", "auto")
     if resume not in ("auto", "never") and not resume.isdigit():
         raise UserError(f"--resume is {resume!r}: use auto, never or the step of a checkpoint.")
@@ -147,6 +154,10 @@ def _config_of(options: dict[str, str], job: str) -> tuple[ConfigDict, str]:
         return load_config(path, argument), name
     if "workdir" in options and job in (*WITH_DATA, *WITH_MODEL):
         return saved_config(pathlib.Path(options["workdir"])), ""
+    if "workdir" in options and job == "import":
+        return default_config(), ""
+    if job == "import":
+        raise UserError("--workdir is missing: --job import writes a run's folder, a new one.")
     raise UserError(
         "--config is missing: for a first run, --config configs/quickstart.py; for a run that is "
         "trained, its --workdir is enough."
@@ -228,8 +239,10 @@ def _on_devices(command: Command) -> int:
     from lomdm_jax.run import start
     from lomdm_jax.trained import load
 
-    job = command.job.replace("-", "_")
-    do = getattr(importlib.import_module(f"lomdm_jax.jobs.{job}"), job)
+    do = _job(command.job)
+    if command.job == "import":
+        do(command.config, command.workdir)
+        return 0
     if command.job in WITH_MODEL:
         trained = load(command.workdir, command.config)
         with jax.set_mesh(trained.mesh):
@@ -241,6 +254,12 @@ def _on_devices(command: Command) -> int:
             return _train(run, command.resume)
         do(run)
         return 0
+
+
+def _job(name: str) -> Callable[..., Any]:
+    """The function of a job, in the module of its name; a word of Python's own has a _ behind."""
+    name = name.replace("-", "_") + "_" * keyword.iskeyword(name)
+    return getattr(importlib.import_module(f"lomdm_jax.jobs.{name}"), name)
 
 
 def _train(run: Any, resume: str) -> int:

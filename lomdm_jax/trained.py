@@ -49,6 +49,17 @@ class Trained(NamedTuple):
         """jax.jit with results that every process can read."""
         return meshes.run_everywhere(self.mesh, function)
 
+    def even(self, rows: int) -> int:
+        """`rows`, or the next number of them that splits evenly over the devices."""
+        parts: int = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-rows // parts) * parts
+
+    def __repr__(self) -> str:
+        """One line: the fields would fill pages."""
+        name, length = self.config.order.name, self.config.data.length
+        count = sum(np.size(a) for a in jax.tree.leaves(self.params))
+        return f"Trained({str(self.workdir)!r}: {name}, {length} tokens, {count:,} parameters)"
+
 
 def load(folder: pathlib.Path, config: ConfigDict | None = None) -> Trained:
     """The model of a run's folder, with the EMA parameters that `checkpoint.restore` names.
@@ -65,6 +76,14 @@ def load(folder: pathlib.Path, config: ConfigDict | None = None) -> Trained:
     generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
     params = _parameters(folder, config, tokenizer, mesh)
     return Trained(config, folder, tokenizer, generator, mesh, params)
+
+
+def save(folder: pathlib.Path, config: ConfigDict, tokenizer: Tokenizer) -> None:
+    """Write what `load` reads besides a checkpoint: the config to `config.json`, and the tokenizer
+    into `tokenizer`."""
+    (folder / "config.json").write_text(config.to_json(indent=2) + "\n")
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    tokenizer.save(folder / "tokenizer")
 
 
 def names_of(folders: Sequence[pathlib.Path]) -> list[str]:

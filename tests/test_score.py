@@ -15,7 +15,6 @@ from lomdm_jax.data.tokenizers import make_tokenizer
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import text_score
-from lomdm_jax.evaluation.trajectories import make_trajectories
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.jobs.score import score
 from lomdm_jax.objectives.nelbo import token_nll
@@ -47,8 +46,7 @@ def network(name, layout="own"):
         return params
 
     generator = make_generator(config, TOKENIZER.rows, TOKENIZER.mask_id)
-    maker = meshes.run_everywhere(MESH, make_trajectories(generator))  # compiled once
-    return config, generator, params(), maker
+    return config, generator, params()
 
 
 @pytest.fixture
@@ -56,13 +54,12 @@ def scored(tmp_path, monkeypatch):
     """Score with a model of this order and with these settings of the section `score`."""
 
     def run(name, layout="own", ignore_first=False, timed=False, write=False, **settings):
-        config, generator, params, maker = network(name, layout)
+        config, generator, params = network(name, layout)
         config = config.copy_and_resolve_references()
         config.score.update(settings)
         config.eval.batch_size = 16  # one shape, one compilation
         config.objective.ignore_first, config.model.time_conditioning = ignore_first, timed
         model = Trained(config, tmp_path, TOKENIZER, generator, MESH, params)
-        monkeypatch.setattr(Trained, "jit", lambda self, function: maker)
         if not write:
             monkeypatch.setattr(text_score, "write", lambda *asked: ())
         with jax.set_mesh(MESH):
@@ -100,7 +97,7 @@ def test_from_right_to_left_it_is_the_suffix_that_may_be_given(scored):
 @pytest.mark.parametrize("name", ["lomdm", "walk", "block:2"])
 def test_bounds_are_those_of_enumeration_and_hold(scored, name):
     """Also of a part given what stands around it, where the order allows that."""
-    _, generator, params, _ = network(name, "own")
+    _, generator, params = network(name, "own")
     generator = Compiled(generator)
     x = np.array(TOKENIZER.encode(TEXT), np.int32)
     around = dict(prefix="ab", text="cab", suffix="a") if name != "block:2" else {}
@@ -123,7 +120,7 @@ def test_bounds_are_those_of_enumeration_and_hold(scored, name):
 
 @pytest.mark.parametrize("name", ["ar", "permutation:1"])
 def test_on_the_ranked_layout_what_is_given_comes_first_wherever_it_stands(scored, name):
-    _, generator, params, _ = network(name, "ranked")
+    _, generator, params = network(name, "ranked")
     targets = np.array([False, False, True, True, False, False])
     group = np.asarray(generator.order.groups(LENGTH)) + np.where(targets, LENGTH, 0)
     rank, x = np.argsort(np.argsort(group)).astype(np.int32), TOKENIZER.encode(TEXT)

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -17,7 +16,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lomdm_jax.data.pipeline import Batch
-from lomdm_jax.evaluation.likelihood import over_batches
 from lomdm_jax.evaluation.order_charts import GREY, INK
 from lomdm_jax.evaluation.order_text import (
     COLUMNS,
@@ -29,8 +27,7 @@ from lomdm_jax.evaluation.order_text import (
     blank,
     laid_out,
 )
-from lomdm_jax.evaluation.order_texts import batches
-from lomdm_jax.evaluation.trajectories import Maker, Trajectory, importance_bound
+from lomdm_jax.evaluation.trajectories import Trajectory, importance_bound
 
 # Lightness falls evenly, and black text reads well on all of it; safe for colour blindness.
 PALETTE = matplotlib.colormaps["YlOrBr"].resampled(256)
@@ -109,36 +106,20 @@ def out_of_reach(rows: Batch, group_L: np.ndarray) -> np.ndarray:
     return ~rows["counted"] & ~rows["absent"] & (group_L > first_P1)
 
 
-def score(
-    maker: Maker,
-    params: Any,
+def summarise(
+    found: Trajectory,
     rows: Batch,
-    *,
-    key: jax.Array,
-    orders: int,
-    size: int,
-    place: Callable[[Any], Any],
     pieces: Callable[[list[int]], list[str]],
     byte_lengths: np.ndarray | None,
 ) -> TextScore:
-    """Score the rows of `laid` by `orders` trajectories of each.
+    """The score of the rows of `laid`.
 
     Args:
-      maker: a jitted `make_trajectories`.
-      params: parameters, usually the EMA's.
+      found: K trajectories of each row, arrays [P, K, L].
       rows: see `laid`.
-      key: PRNG key of the draws.
-      orders: trajectories per row.
-      size: rows at a time.
-      place: puts host arrays on the devices.
       pieces: from token ids to their texts.
       byte_lengths: UTF-8 bytes of each token id; None where ids do not tell.
     """
-    repeated = {name: np.repeat(a, orders, axis=0) for name, a in rows.items()}
-    drawn = over_batches(maker, params, batches(repeated, size), key=key, place=place)
-    parts = [found for _, found in drawn]
-    shape = (len(rows["tokens"]), orders, -1)
-    found = Trajectory(*(np.concatenate(a).reshape(shape) for a in zip(*parts, strict=True)))
     cost_PK, clock_PK = (a.sum(-1, dtype=np.float64) for a in (found.cost_BL, found.clock_BL))
     together_P, error_P = importance_bound(-cost_PK.T)
     scored = rows["tokens"][rows["counted"]]
@@ -146,7 +127,7 @@ def score(
         nelbo=_mean(cost_PK + clock_PK),
         nelbo_order=_mean(cost_PK),
         importance=Nats(float(together_P.sum()), float(np.sqrt((error_P**2).sum()))),
-        orders=orders,
+        orders=cost_PK.shape[1],
         bytes=0 if byte_lengths is None else int(byte_lengths[scored].sum()),
         tokens=_tokens(found, rows, pieces),
     )

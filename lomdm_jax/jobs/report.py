@@ -6,7 +6,6 @@ import pathlib
 import re
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from lomdm_jax.config import saved_config
@@ -15,7 +14,6 @@ from lomdm_jax.distributed import multihost
 from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import order_comparison as comparison
 from lomdm_jax.evaluation import order_texts
-from lomdm_jax.evaluation.likelihood import over_batches
 from lomdm_jax.evaluation.order_charts import (
     COLOURS,
     Chart,
@@ -29,7 +27,8 @@ from lomdm_jax.evaluation.order_comparison import Reading
 from lomdm_jax.evaluation.order_means import Mean
 from lomdm_jax.evaluation.order_page import Curve, Shown, page, rank_curve
 from lomdm_jax.evaluation.order_text import SampleTrace, figure_of_texts
-from lomdm_jax.evaluation.trajectories import calls, make_trajectories
+from lomdm_jax.evaluation.trajectories import calls
+from lomdm_jax.reading import read
 from lomdm_jax.trained import Trained, load, names_of
 
 SHOWN = 8  # texts that the page replays; all count in the charts
@@ -85,18 +84,8 @@ def _read(run: Trained, name: str, rows: Batch, seed: int) -> Reading:
     count, length = rows["tokens"].shape
     passes = calls(run.generator, length, int(rows["counted"].sum(-1).max()))
     print(f"{name}: {count} texts in {passes} network calls each", flush=True)
-    parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    size = min(run.config.eval.batch_size, parts * math.ceil(count / parts))
-    with jax.set_mesh(run.mesh):
-        found = over_batches(
-            run.jit(make_trajectories(run.generator)),
-            run.params,
-            order_texts.batches(rows, size),
-            key=run.key(seed),
-            place=run.place,
-        )
-        trajectory = jax.tree.map(lambda *all: np.concatenate(all), *(t for _, t in found))
-    return Reading(name, run.tokenizer.pieces, rows["tokens"], rows["counted"], trajectory)
+    found = read(run, rows, seed)
+    return Reading(name, run.tokenizer.pieces, rows["tokens"], rows["counted"], found)
 
 
 def _write(

@@ -2,14 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from lomdm_jax.distributed import multihost
 from lomdm_jax.evaluation.order_report import SampleTrace, trace_rank, write_order_report
-from lomdm_jax.generation import Generated, generate
+from lomdm_jax.generation import Completion, completions, generate
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.trained import Trained
 
@@ -24,7 +24,7 @@ def sample(model: Trained) -> None:
         return
     samples = generated.samples
     with open(model.workdir / "samples.jsonl", "w", encoding="utf-8") as file:
-        for record in records(generated):
+        for record in records(completions(generated)):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     for number, text in enumerate(generated.texts[:SHOWN], start=1):
         calls = int(samples.calls_B[number - 1])
@@ -34,21 +34,11 @@ def sample(model: Trained) -> None:
         print(f"wrote {path}", flush=True)
 
 
-def records(generated: Generated) -> Iterator[dict[str, Any]]:
-    """Each sample as JSON-able values: its text, and by position the token, the step that revealed
-    it (0 if given), the order's probability of the position and the log-probability (nats) of the
-    token."""
-    samples = generated.samples
-    for row, text in enumerate(generated.texts):
-        yield {
-            "text": text,
-            "tokens": samples.tokens_BT[row].tolist(),
-            "revealed": samples.revealed_BT[row].tolist(),
-            "share": np.round(samples.share_BT[row], 6).tolist(),
-            "log_p": np.round(samples.log_p_BT[row], 4).tolist(),
-            "length": int(samples.length_B[row]),
-            "calls": int(samples.calls_B[row]),
-        }
+def records(found: Iterable[Completion]) -> Iterator[dict[str, Any]]:
+    """Each sample as JSON-able values, with as many digits as are of use."""
+    for each in found:
+        share, log_p = ([round(v, n) for v in a] for a, n in ((each.share, 6), (each.log_p, 4)))
+        yield each._asdict() | {"share": share, "log_p": log_p}
 
 
 def _draw_order(model: Trained, samples: Samples) -> tuple[pathlib.Path, pathlib.Path]:

@@ -9,6 +9,7 @@ from lomdm_jax.distributed import multihost
 from lomdm_jax.distributed.chips import peak
 from lomdm_jax.jobs.evaluate import flat, make_evaluator
 from lomdm_jax.run import Run
+from lomdm_jax.trained import save
 from lomdm_jax.training.adaptation import make_adapter
 from lomdm_jax.training.checkpoint import Checkpoints, facts
 from lomdm_jax.training.compiled import steps
@@ -68,9 +69,5 @@ def train(run: Run, resume: str = "auto") -> Any:
 
 def save_config(run: Run) -> None:
     """Write the resolved config to `config.json`, and the tokenizer into `tokenizer`."""
-    if not multihost.leads():
-        return
-    (run.workdir / "config.json").write_text(run.config.to_json(indent=2) + "\n")
-    folder = run.workdir / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    run.prepared.tokenizer.save(folder)
+    if multihost.leads():
+        save(run.workdir, run.config, run.prepared.tokenizer)

@@ -1,6 +1,5 @@
 """Trained models behind the page."""
 
-import json
 import math
 import pathlib
 import time
@@ -11,19 +10,26 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from lomdm_jax import __version__
 from lomdm_jax.config import default_config, validate
 from lomdm_jax.errors import UserError
-from lomdm_jax.generation import Given, Program, compiled, given_of, stream, written
+from lomdm_jax.generation import (
+    KEPT,
+    Given,
+    Program,
+    compiled,
+    facts_of,
+    given_of,
+    stream,
+    written,
+)
 from lomdm_jax.sampling.best import SCORES
 from lomdm_jax.sampling.driver import Samples
 from lomdm_jax.serving.protocol import MAX_SEED, Events, Request
 from lomdm_jax.trained import Trained, names_of
 
-KEPT = 32  # compiled samplers: each takes seconds to make, and memory
 LOOKS = 48  # partial results per generation, about: smooth to the eye, and cheap
 SAMPLERS = (*SCORES, "ancestral")
-# What a compiled sampler does not depend on.
-FREE = ("prompt", "suffix", "prompts", "seed", "count", "batch_size")
 
 
 class Models:
@@ -47,8 +53,8 @@ class Models:
 
     def _events(self, name: str, model: Trained, settings: ConfigDict, given: Given) -> Events:
         known_T, pieces = given.given_BT[0], model.tokenizer.pieces(given.tokens_BT[0].tolist())
-        rows = _rows(model, settings.count)
-        key = (name, rows, _facts_of_program(settings))
+        rows = model.even(settings.count)
+        key = (name, rows, facts_of(settings))
         yield {
             "event": "start",
             "compiling": key not in self._programs,
@@ -126,17 +132,6 @@ def _why_not(config: ConfigDict, sampler: str) -> str | None:
     return None
 
 
-def _facts_of_program(settings: ConfigDict) -> str:
-    facts = {key: value for key, value in settings.items() if key not in FREE}
-    return json.dumps(facts, sort_keys=True)
-
-
-def _rows(model: Trained, count: int) -> int:
-    """Sequences at a time: as many as asked for, filled up to split evenly over the devices."""
-    parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    return parts * math.ceil(count / parts)
-
-
 def _every(settings: ConfigDict, known_T: np.ndarray) -> int:
     """Steps between two looks."""
     hidden = int((~known_T).sum())
@@ -192,7 +187,7 @@ def _trace(
         "run": name,
         "order": model.config.order.name,
         "checkpoint": str(model.config.checkpoint.restore),
-        "version": {"trace": 1, "jax": jax.__version__},
+        "version": {"trace": 1, "lomdm_jax": __version__, "jax": jax.__version__},
         "settings": _facts_of(settings),
         "seconds": round(seconds, 3),
         "calls": int(samples.calls),

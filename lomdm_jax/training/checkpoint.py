@@ -65,6 +65,8 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies,
+            best_fn=lambda metrics: metrics[METRIC],  # without it metrics are not written
+            best_mode="min",
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -236,6 +238,7 @@ def by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
+IMPORTED = "imported"  # the fact that says where parameters came from that were not trained here
 # Facts that parameters depend on, and what a run that continues must share besides.
 _SAME_MODEL = (
     *("vocab_size", "tokenizer", "order.name", "model.width", "model.layers", "model.heads"),
@@ -276,6 +279,12 @@ def check_facts(saved: dict[str, Any], current: dict[str, Any], *, resume: bool)
     Raises:
       UserError: names the first difference, with both values.
     """
+    if resume and IMPORTED in saved:
+        raise UserError(
+            f"The checkpoint was imported from {saved[IMPORTED]}: it has parameters, but neither "
+            "an optimizer's state nor a place in the data. Train another run from them, with "
+            "another --workdir and config.train.start_from = this folder."
+        )
     for key in _SAME_MODEL + (_SAME_RUN if resume else ()):
         if saved.get(key) != current[key]:  # an older one may lack a key
             raise UserError(
