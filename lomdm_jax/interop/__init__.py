@@ -1,0 +1,1 @@
+"""Models that leave for PyTorch, and models that come from there."""
