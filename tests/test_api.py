@@ -26,8 +26,10 @@ from tests.test_main import TINY
 from tests.test_score import MESH, TEXT, TOKENIZER, network
 
 ROOT = Path(__file__).parent.parent
-TRAINING, *EXAMPLES = re.findall(
-    r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.DOTALL
+TRAINING, *EXAMPLES = (
+    example
+    for page in ("docs/python.md", "README.md")
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 )
 SMALL = """
 data.source=novel.txt data.valid_share=0.2 data.length=32 model.head_layers=0 train.steps=2
@@ -61,7 +63,7 @@ def model(folder):
     return lomdm_jax.load(folder / "runs" / "quickstart")
 
 
-def test_the_examples_of_the_page_run_in_order(folder, monkeypatch, capsys):
+def test_the_examples_of_both_pages_run_in_order(folder, monkeypatch, capsys):
     """And what a comment beside a print says is what it prints."""
     monkeypatch.chdir(folder)
     names = {}

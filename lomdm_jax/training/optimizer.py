@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 
 def learning_rate(config: ConfigDict) -> optax.Schedule:
     """Step to rate: linear from 0 over `warmup_steps`, then constant."""
+    if not config.warmup_steps:  # optax would stay at 0
+        return optax.constant_schedule(config.learning_rate)
     return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
 
 
