@@ -153,6 +153,8 @@ class Settings:
         for key, needed in parts.items():
             holds = isinstance(getattr(self, key), Mapping) and {*needed} <= {*getattr(self, key)}
             self._require(holds, key, f"it must hold {', '.join(needed)}.")
+        inside = all(0 < self.objective[key] < 1 for key in parts["objective"])
+        self._require(inside, "objective", "its values must lie between 0 and 1.")
         order, known = self.order, ", ".join(ORDERS)
         self._require(self.kind in ORDERS, "order", f"its name must be one of {known}.")
         for key, value in zip(("scores", "walks"), ORDERS[self.kind], strict=False):
@@ -181,6 +183,9 @@ class Settings:
     def kind(self) -> str:
         """The name of the order up to its number."""
         return str(self.order["name"]).partition(":")[0]
+
+
+# Orders
 
 
 class Weights(NamedTuple):
@@ -377,6 +382,9 @@ def remove_mask(logits: Tensor, mask_id: int) -> Tensor:
     """Logits with the mask token's set to -inf: it is never predicted."""
     is_mask_V = torch.arange(logits.shape[-1], device=logits.device) == mask_id
     return torch.where(is_mask_V, -math.inf, logits)
+
+
+# The network
 
 
 def modulate(x_BLD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -875,6 +883,9 @@ def _as_given(given_BL: Tensor) -> Tensor:
     return torch.where(given_BL, given_BL.cumsum(-1) - 1, given_BL.sum(-1, keepdim=True))
 
 
+# Bounds
+
+
 class Terms(NamedTuple):
     """The terms of the bound, float32 [B], in nats per row: of the tokens, of the order, of the
     clock, and of what is left to be revealed at the end of time."""
@@ -1066,6 +1077,9 @@ def _last(rank_BL: Tensor) -> Tensor:
     known_BL = torch.where(rank_BL < rank_BL.shape[1], rank_BL, -1)
     top_B, where_B = known_BL.max(-1)
     return torch.where(top_B >= 0, where_B, -1)
+
+
+# Samplers
 
 
 class Samples(NamedTuple):
@@ -1333,6 +1347,9 @@ class Reader:
         masks_BQ = torch.full_like(places_BQ, self.model.settings.mask_id)
         hidden_BQD = self.model.recall(masks_BQ, places_BQ, asked_Q, sees, self.memory)
         return self.model.predict(hidden_BQD)
+
+
+# Loading
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> LoMDM:

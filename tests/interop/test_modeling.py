@@ -153,3 +153,13 @@ def test_a_shorter_text_has_the_numbers_of_the_start_of_a_longer_one(name):
     z = torch.full_like(tokens, 5)
     short, whole = (model(z[:, :n], None, tokens[:, :n])[0] for n in (4, 6))
     torch.testing.assert_close(short, whole[:, :4])
+
+
+@pytest.mark.parametrize("name", ["cosine", "lomdm", "block:2"])
+def test_clocks_are_those_of_jax_at_all_times(name):
+    """Down to t = e^-60, where float32 holds log t only."""
+    net, log_t = network(name), jnp.array([-60.0, -12.0, -9.1, -8.9, -0.5, 0.0])
+    tokens = batch_for(net).tokens_BL[:1]
+    ours, theirs = net.model.forward_order(th(tokens)), net.generator.forward(net.params, tokens)
+    for clock in ("log_mask", "log_velocity"):
+        close(getattr(ours, clock)(th(log_t)), getattr(theirs, clock)(log_t), clock)

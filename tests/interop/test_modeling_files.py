@@ -121,6 +121,7 @@ def test_a_file_that_is_cut_short_is_named(name, size, folder):
         ({"order": {"name": "lomdm"}}, "order is .*c1"),
         ({"order": {"name": "lom", "c1": 1, "c2": 0, "exponent": 1}}, "its name must be one of"),
         ({"order": {"name": "lomdm", "c1": 0.1, "c2": 0.2, "exponent": 1}}, "c1 > c2"),
+        ({"objective": {"eps": 0, "reconstruction_share": 0.1}}, "objective is .*between 0 and 1"),
     ],
 )
 def test_wrong_settings_are_named(changes, message, folder):

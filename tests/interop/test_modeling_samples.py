@@ -16,32 +16,51 @@ from scipy import stats
 torch = pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("safetensors", reason="needs safetensors")
 
+from lomdm_jax.interop import modeling_lomdm  # noqa: E402
 from lomdm_jax.interop.modeling_lomdm import (  # noqa: E402
     GRIDS,
     Causal,
     Filter,
     Groups,
     Reader,
+    Schedule,
+    Weights,
+    all_ranks,
+    even_progress,
     gumbel,
     next_log_shares,
     remove_mask,
     reveal_log_probabilities,
     token_nll,
+    unmask_probability,
 )
+from lomdm_jax.orders import schedule as jax_schedule  # noqa: E402
 from lomdm_jax.sampling import tokens as jax_tokens  # noqa: E402
+from lomdm_jax.sampling.ancestral import even_progress as jax_even_progress  # noqa: E402
 from tests import oracle  # noqa: E402
-from tests.interop.networks import EPS, close, network  # noqa: E402
+from tests.interop.networks import EPS, close, network, th  # noqa: E402
 
-VOCAB, MASK, ROWS = 2, 2, 9_000
+LENGTH, VOCAB, MASK, ROWS = 4, 2, 2, 9_000
+NOTHING = (MASK,) * LENGTH
+TEXTS = oracle.sequences(LENGTH, VOCAB)
+RANKS = torch.tensor(list(itertools.permutations(range(LENGTH)))).argsort(-1)
 STATES = ("mdm", "cosine", "genmd4", "lomdm", "walk", "lomdm-order")
 GROUPS = ("ar", "r2l", "permutation:3", "block:2")
 
 
 @functools.cache
 def tiny(name, layout="own", **sizes):
-    """A network over texts of four tokens, or of three on the ranked layout."""
-    length = 3 if layout == "ranked" or name == "lomdm-ranked" else 4
-    sizes = {"width": 8, "cond_dim": 4, "sharp": 0.4, "length": length, "vocab": VOCAB} | sizes
+    """A network over texts of four tokens. On the ranked layout it has a second block: states of
+    one depend on no order."""
+    layers = 2 if layout == "ranked" or name == "lomdm-ranked" else 1
+    sizes = {
+        "width": 8,
+        "cond_dim": 4,
+        "layers": layers,
+        "sharp": 0.4,
+        "length": LENGTH,
+        "vocab": VOCAB,
+    } | sizes
     return network(name, layout, **sizes)
 
 
@@ -49,14 +68,9 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def texts(length):
-    return oracle.sequences(length, VOCAB)
-
-
 def counts(tokens):
     """How often each text was drawn."""
-    powers = torch.tensor([2**n for n in range(tokens.shape[1])]).flip(0)
-    return np.bincount(tokens @ powers, minlength=2 ** tokens.shape[1])
+    return np.bincount(tokens @ torch.tensor([8, 4, 2, 1]), minlength=len(TEXTS))
 
 
 def fits(found, p):
@@ -84,14 +98,13 @@ def look(model, state):
 def exact(model, reveal=1, start=None):
     """p of each text when a call reveals up to so many positions, drawn one after another by the
     weights in the state before it, with independent tokens."""
-    length = model.settings.length
-    mass = {tuple(start or (MASK,) * length): 1.0}
-    for _ in range(length):
+    mass = {tuple(start or NOTHING): 1.0}
+    for _ in range(LENGTH):
         states, mass = mass, {}
         for state, p in states.items():
             for after, q in reveals(model, state, reveal):
                 mass[after] = mass.get(after, 0.0) + p * q
-    return np.array([mass.get(tuple(text), 0.0) for text in texts(length).tolist()])
+    return np.array([mass.get(tuple(text), 0.0) for text in TEXTS.tolist()])
 
 
 def reveals(model, state, reveal):
@@ -162,6 +175,39 @@ def test_ancestral_steps_converge_to_the_race(name, grid):
     assert few.revealed.max() <= 2 * (2 if name == "block:2" else 1)
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+def test_steps_reveal_what_their_times_say(grid):
+    """Each position by itself, m(t) = t; even progress is linear for it as long as all are hidden
+    together, which a text of one position is."""
+    model, count = tiny("mdm", length=1).model, 5
+    start, end = (np.arange(count) / count, np.arange(1, count + 1) / count)
+    p = np.cos(np.pi / 2 * start) - np.cos(np.pi / 2 * end) if grid == "cosine" else end - start
+    revealed = model.sample(rows=ROWS, steps=count, grid=grid, generator=rng()).revealed[:, 0]
+    found = np.bincount(revealed, minlength=count + 1)[1:]
+    assert stats.chisquare(found, ROWS * p).pvalue > 1e-4
+
+
+def test_even_steps_are_those_of_jax():
+    """For exponents from 0.01 to 3, and for the cosine."""
+    draw = np.random.default_rng(0)
+    log_w = np.log(draw.uniform(0.01, 3, (20, 9))).astype("f4")
+    masked, log_t = draw.random((20, 9)) < 0.7, -draw.exponential(5, 20).astype("f4")
+    masked[:, 0] = True
+    group = torch.zeros(20, 9, dtype=torch.int64)
+    for ours, theirs in (
+        (Schedule(Weights(torch.tensor(log_w), group)), jax_schedule.Power(jnp.asarray(log_w))),
+        (
+            Schedule(Weights(group.float(), group), "cosine"),
+            jax_schedule.Cosine(jnp.zeros((20, 9))),
+        ),
+    ):
+        found = even_progress(ours, torch.tensor(masked), torch.tensor(log_t), 4)
+        wanted = jax_even_progress(theirs, jnp.asarray(masked), jnp.asarray(log_t), 4)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        chance = jax_schedule.unmask_probability(theirs, jnp.asarray(log_t), wanted)
+        close(unmask_probability(ours, torch.tensor(log_t), th(wanted)), chance, "chance")
+
+
 def test_what_reveals_nothing_costs_no_call_unless_the_network_is_told_the_time():
     alone = tiny("mdm").model.sample(steps=64, grid="linear", generator=rng())
     assert alone.calls == len(set(alone.revealed[0].tolist())) <= 4 < alone.revealed.max()
@@ -177,8 +223,9 @@ def test_what_is_given_stays_and_the_rest_follows_it(name):
     samples = model.sample(given, generator=rng(1))
     kept = given != MASK
     assert (samples.tokens[kept] == given[kept]).all() and (samples.revealed[kept] == 0).all()
-    assert (samples.revealed[~kept] > 0).all()
     for row, start in enumerate(starts):
+        shown = samples.revealed[row::2][given[row::2] == MASK].view(-1, start.count(MASK))
+        assert (shown.sort(-1).values == torch.arange(1, start.count(MASK) + 1)).all()
         assert fits(counts(samples.tokens[row::2]), exact(model, 1, start)) > 1e-4
     nothing = model.sample(samples.tokens)
     assert nothing.calls == 0 and (nothing.tokens == samples.tokens).all()
@@ -187,56 +234,55 @@ def test_what_is_given_stays_and_the_rest_follows_it(name):
 # The ranked layout
 
 
+def comes_first(given):
+    """Which orders reveal what is given before all else, bool [24]."""
+    return ((given.sum() > RANKS) == given).all(-1)
+
+
 @torch.no_grad()
 def pairs(model, start=None):
-    """p of each text and order, [texts, orders], and the orders' ranks: what is given is read as
-    the posterior of nothing but that reveals it, and all else comes by the prior."""
-    length = model.settings.length
-    ranks = torch.tensor(list(itertools.permutations(range(length)))).argsort(-1)
-    given = torch.tensor([token != MASK for token in start or (MASK,) * length])
-    z = torch.tensor([start or (MASK,) * length])
+    """p of each text and order, [16, 24]: what is given is read as the posterior of nothing but
+    that reveals it, and all else comes by the prior."""
+    z = torch.tensor([start or NOTHING])
+    given = z[0] != MASK
     weights = model.forward_order(z).weights.after(given[None])
-    log_q = torch.where(given, reveal_log_probabilities(weights, ranks), 0.0).sum(-1)
-    first = ((ranks < given.sum()) == given).all(-1)
+    log_q = torch.where(given, reveal_log_probabilities(weights, RANKS), 0.0).sum(-1)
     found = []
-    for text in texts(length):
-        tokens = torch.tensor(text).long().expand(len(ranks), -1)
-        logits, backward = model.reverse(torch.full_like(tokens, MASK), None, tokens, ranks)
-        log_p = reveal_log_probabilities(backward.weights, ranks) - token_nll(logits, tokens, MASK)
+    for text in TEXTS:
+        tokens = torch.tensor(text).long().expand(len(RANKS), -1)
+        logits, backward = model.reverse(torch.full_like(tokens, MASK), None, tokens, RANKS)
+        log_p = reveal_log_probabilities(backward.weights, RANKS) - token_nll(logits, tokens, MASK)
         log_p = log_q + torch.where(given, 0.0, log_p).sum(-1)
-        fits_start = first & bool((tokens[0] == z[0])[given].all())
+        fits_start = comes_first(given) & bool((tokens[0] == z[0])[given].all())
         found.append(torch.where(fits_start, log_p.exp(), 0.0))
-    return torch.stack(found).double().numpy(), ranks
+    return torch.stack(found).double().numpy()
 
 
-def cells(samples, ranks):
+def cells(samples):
     """Counts of every text and order, from the calls that revealed."""
-    order = samples.revealed[:, None].argsort(-1).argsort(-1)
-    order = (order == ranks).all(-1).int().argmax(-1)
-    text = samples.tokens @ torch.tensor([4, 2, 1])
-    return np.bincount(text * len(ranks) + order, minlength=8 * len(ranks))
+    order = (samples.revealed[:, None] - 1 == RANKS).all(-1).int().argmax(-1)
+    text = samples.tokens @ torch.tensor([8, 4, 2, 1])
+    return np.bincount(text * len(RANKS) + order, minlength=len(TEXTS) * len(RANKS))
 
 
-@pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "mdm", "ar"])
+@pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "mdm", "block:2"])
 def test_in_any_order_texts_and_orders_have_the_distribution_of_the_model(name):
     model = tiny(name, "ranked").model
-    joint, ranks = pairs(model)
-    samples = model.sample(rows=ROWS, generator=rng())
-    assert fits(cells(samples, ranks), joint.ravel()) > 1e-4
-    assert samples.calls == 3
+    samples = model.sample(rows=2 * ROWS, generator=rng())
+    assert fits(cells(samples), pairs(model).ravel()) > 1e-4
+    assert samples.calls == 4
 
 
 def test_several_at_once_in_any_order_know_nothing_of_each_other():
     """All of them: the order by the tables alone, the tokens each as if it came first."""
     model = tiny("lomdm-ranked").model
-    joint, ranks = pairs(model)
-    nothing = torch.full((1, 3), MASK)
+    joint, nothing = pairs(model), torch.tensor([NOTHING])
     with torch.no_grad():
-        log_order = reveal_log_probabilities(Reader(model, nothing, 3).weights, ranks).sum(-1)
+        log_order = reveal_log_probabilities(Reader(model, nothing, 4).weights, RANKS).sum(-1)
         log_p = remove_mask(model(nothing)[0], MASK).log_softmax(-1)[0]
-    tokens = [sum(log_p[i, token] for i, token in enumerate(text)) for text in texts(3)]
+    tokens = [sum(log_p[i, token] for i, token in enumerate(text)) for text in TEXTS]
     p = (torch.stack(tokens)[:, None] + log_order).exp().numpy().astype(np.float64)
-    samples = model.sample(rows=ROWS, reveal=3, generator=rng())
+    samples = model.sample(rows=ROWS, reveal=4, generator=rng())
     assert samples.calls == 1 and (samples.revealed == 1).all()
     assert fits(counts(samples.tokens), p.sum(-1)) > 1e-4
     assert fits(counts(samples.tokens), joint.sum(-1)) < 1e-6, "the test can fail"
@@ -246,14 +292,15 @@ def test_several_at_once_in_any_order_know_nothing_of_each_other():
 
 @pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "ar"])
 def test_in_any_order_what_is_given_stays_and_the_rest_follows_it(name):
-    model, starts = tiny(name, "ranked").model, [(MASK, 1, MASK), (0, MASK, 1), (MASK,) * 3]
+    model, starts = tiny(name, "ranked").model, [(MASK, 1, MASK, MASK), (0, MASK, 1, MASK), NOTHING]
     given = torch.tensor(starts).repeat(ROWS // 2, 1)
     samples = model.sample(given, generator=rng(1))
     kept = given != MASK
     assert (samples.tokens[kept] == given[kept]).all() and (samples.revealed[kept] == 0).all()
     for row, start in enumerate(starts):
-        p = pairs(model, start)[0].sum(-1)
-        assert fits(counts(samples.tokens[row::3]), p) > 1e-4
+        assert fits(counts(samples.tokens[row::3]), pairs(model, start).sum(-1)) > 1e-4
+        shown = samples.revealed[row::3][given[row::3] == MASK].view(-1, start.count(MASK))
+        assert (shown.sort(-1).values == torch.arange(1, start.count(MASK) + 1)).all()
 
 
 # What is remembered
@@ -402,27 +449,35 @@ def test_with_a_time_the_bound_is_the_continuous_one(monkeypatch):
 @pytest.mark.parametrize("name", ["lomdm-ranked", "walk", "ar"])
 def test_the_bound_of_the_ranked_layout_is_that_of_its_orders(name):
     """Sum over orders of q (nll + log q - log p)."""
-    net, text = tiny(name, "ranked"), [1, 0, 1]
-    joint, ranks = pairs(net.model)
-    tokens = torch.tensor([text])
+    net, text = tiny(name, "ranked"), [1, 0, 0, 1]
+    joint, tokens = pairs(net.model)[0b1001], torch.tensor([text])
     with torch.no_grad():
         forward = net.model.forward_order(tokens).weights
-        log_q = reveal_log_probabilities(forward, ranks).sum(-1).double().numpy()
-    row = int(torch.tensor(text) @ torch.tensor([4, 2, 1]))
+        log_q = reveal_log_probabilities(forward, RANKS).sum(-1).double().numpy()
     some = np.exp(log_q) > 1e-30
-    wanted = np.sum(np.exp(log_q[some]) * (log_q[some] - np.log(joint[row][some])))
+    wanted = np.sum(np.exp(log_q[some]) * (log_q[some] - np.log(joint[some])))
     mean, error, _ = mean_of(net, text)
     assert abs(mean - wanted) < 4 * error + 1e-4
-    assert mean > -np.log(joint[row].sum()) - 4 * error - 1e-4
+    assert mean > -np.log(joint.sum()) - 4 * error - 1e-4
 
 
-def test_given_text_is_read_in_an_order_that_does_not_know_the_rest():
-    """So that the conditional bound is one of a distribution: of two tokens given one."""
-    net, text, start = tiny("lomdm-ranked"), [1, 0, 1], (MASK, MASK, 1)
-    p = pairs(net.model, start)[0].sum(-1)
+@pytest.mark.parametrize("given", [[1, 0, 1, 0], [1, 1, 0, 1]])
+def test_given_text_is_read_in_an_order_that_does_not_know_the_rest(given, monkeypatch):
+    """So that the conditional bound is one of a distribution. The rest goes on from its last."""
+    model, text = tiny("lomdm-ranked").model, torch.tensor([[1, 0, 0, 1]])
+    found, given = [], torch.tensor(given) > 0
+    score = lambda *inputs: found.append(inputs[-1]) or all_ranks(*inputs)  # noqa: E731
+    monkeypatch.setattr(modeling_lomdm, "all_ranks", score)
+    model.nelbo(text.expand(40_000, -1), ~given.expand(40_000, -1), draws=1, generator=rng())
+    with torch.no_grad():
+        blind = model.forward_order(torch.where(given, text, MASK)).weights.after(given[None])
+        known = model.forward_order(text).weights
+        each = [reveal_log_probabilities(weights, RANKS) for weights in (blind, known)]
+    q = torch.where(given, *each).sum(-1).exp() * comes_first(given)
+    drawn = (found[0][:, None] == RANKS).all(-1).int().argmax(-1)
+    assert fits(np.bincount(drawn, minlength=24), q.double().numpy()) > 1e-4
+    p = pairs(model, torch.where(given, text, MASK)[0].tolist()).sum(-1)
     assert p.sum() == pytest.approx(1, abs=1e-5)
-    mean, error, _ = mean_of(net, text, [True, True, False])
-    assert mean > -np.log(p[0b101]) - 4 * error
 
 
 def test_draws_are_averaged_and_their_error_is_that_of_the_mean():
