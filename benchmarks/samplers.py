@@ -9,13 +9,15 @@ sampling.py does: each goes on for --longer steps on sequences of --length token
 size, text and steps) read what they wrote; the reference is as much held-out text. A flat order
 temperature, FLAT, takes what is learned of the order away from the same network.
 
-Samples of one network with the same calls differ in nothing but the sampler. Seconds are of a busy
-machine: compare them within an order. Writes samplers.md, samplers.csv and samplers.png.
+Samples of one network with the same calls differ in nothing but the sampler. Orders are judged
+one per core, so seconds are those of one core: compare them within an order. Writes samplers.md,
+samplers.csv and samplers.png.
 """
 
 import argparse
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from orders_table import as_markdown
 
 FLAT = "race@order_temperature=1000"
 GRIDS = ("ancestral@grid=even", "ancestral@grid=linear", "ancestral@grid=cosine")
+DONE = "generative.done"  # in the folder of a run
 MASKING = "ancestral@grid=linear@remask=0.5"
 WAYS = {
     "mdm": ("race", *GRIDS, "confidence", "margin", "entropy", MASKING),
@@ -39,8 +42,10 @@ WAYS = {
 
 
 def judged(options: argparse.Namespace, order: str, reference: pathlib.Path) -> list[dict]:
-    """The rows of `--job generative` for a run that is trained."""
+    """The rows of `--job generative` for a run that is trained, unless it has them."""
     folder = sampling.long_workdir_of(options, order)
+    if (folder / DONE).exists():
+        return json.loads((folder / "generative.json").read_text())["rows"]
     settings = {
         "generative.judge": sampling.long_workdir_of(options, sampling.JUDGE),
         "generative.samplers": ",".join(WAYS[order]),
@@ -51,8 +56,11 @@ def judged(options: argparse.Namespace, order: str, reference: pathlib.Path) -> 
     }
     command = [sys.executable, "-m", "lomdm_jax.main", "--job=generative", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
+    environment = os.environ | ({"XLA_FLAGS": orders.ONE_CORE} if options.size == "cpu" else {})
     with (folder / "generative.log").open("w") as log:
-        subprocess.run(command, check=True, cwd=orders.ROOT, stdout=log, stderr=subprocess.STDOUT)
+        output = {"stdout": log, "stderr": subprocess.STDOUT}
+        subprocess.run(command, check=True, cwd=orders.ROOT, env=environment, **output)
+    (folder / DONE).touch()
     return json.loads((folder / "generative.json").read_text())["rows"]
 
 
@@ -71,10 +79,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     for order in dict.fromkeys([*names, sampling.JUDGE]):
         sampling.trained(options, order)
     reference, table = reference_of(options), []
-    for number, order in enumerate(names, start=1):
-        rows = judged(options, order, reference)
-        table += [{"order": order} | row for row in rows[1 if table else 0 :]]
-        print(f"{number}/{len(names)} {order}: {len(rows) - 1} rows", flush=True)
+    with orders.pool(options) as workers:
+        jobs = workers.map(lambda order: judged(options, order, reference), names)
+        for number, (order, rows) in enumerate(zip(names, jobs, strict=True), start=1):
+            table += [{"order": order} | row for row in rows[1 if table else 0 :]]
+            print(f"{number}/{len(names)} {order}: {len(rows) - 1} rows", flush=True)
     table[0]["order"] = sampling.TEXT
     return table
 
