@@ -8,12 +8,12 @@ them with the same code, and writes orders.md, orders.csv and orders.png into th
 may carry changes to its config: "lomdm-order@objective.temperature=4@train.random_steps=100".
 
 A pass is one forward pass of the network over a batch of masked sequences; an order's passes per
-step are the flops of its compiled step over the flops of that pass, both from XLA's cost analysis.
-It counts the body of a loop once, so the loop that draws a walk is in the wall time only. Steps in
-random order, before an order is learned, have a program and a cost of their own. At equal
-passes every order has what masked diffusion ("mdm") uses in N steps. Runs that are complete in the
-folder are not made again. Without files it takes the novels that lie beside the project, if they
-do, and the docstrings of Python's standard library if not.
+step are the flops of the matrix products of its step over those of that pass
+(`distributed.costs`); what draws a walk has none, and is in the wall time only. Steps in random
+order, before an order is learned, have a program and a cost of their own. At equal passes every
+order has what masked diffusion ("mdm") uses in N steps. Runs that are complete in the folder are
+not made again. Without files it takes the novels that lie beside the project, if they do, and the
+docstrings of Python's standard library if not.
 """
 
 import argparse
@@ -115,9 +115,10 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
     """What a step of this order costs; see above."""
     import jax
 
+    from lomdm_jax.distributed.costs import matmul_flops
     from lomdm_jax.generator import init_params, make_generator
     from lomdm_jax.run import start
-    from lomdm_jax.training.compiled import compiled, traced_step
+    from lomdm_jax.training.compiled import traced_step
     from lomdm_jax.training.initial import target
     from lomdm_jax.training.optimizer import make_optimizer
 
@@ -126,7 +127,7 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
     optimizer = make_optimizer(config.optimizer)
     state = target(run, optimizer)
     random, learned = (
-        compiled(traced_step(run, generator, optimizer, state)).cost_analysis()["flops"]
+        matmul_flops(traced_step(run, generator, optimizer, state))
         for generator in (run.generator.at_random(), run.generator)
     )
     config.order.name, config.model.layout = "mdm", "own"
@@ -135,8 +136,8 @@ def cost_of(options: argparse.Namespace, variant: str) -> Cost:
     network = make_generator(config, vocabulary, vocabulary - 1)
     params = jax.eval_shape(lambda key: init_params(config, vocabulary, key), jax.random.key(0))
     z = jax.ShapeDtypeStruct((1, rows, config.data.length), np.int32)
-    forward = jax.jit(lambda params, z: network.reverse(params)(z, None)[0]).lower(params, z)
-    unit = forward.compile().cost_analysis()["flops"]
+    forward = jax.jit(lambda params, z: network.reverse(params)(z, None)[0].logits)
+    unit = matmul_flops(forward.trace(params, z))
     return Cost(config.train.random_steps, random / unit, learned / unit)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from orders_table import as_markdown
 from scipy import stats
 
+from lomdm_jax.models.readout import Logits
 from lomdm_jax.orders.schedule import Power
 from lomdm_jax.sampling.ancestral import Ancestral
 from lomdm_jax.sampling.best import SCORES, Best
@@ -52,7 +53,7 @@ class Same(NamedTuple):
     def reverse(self, params: Any) -> Callable[..., Any]:
         def call(z_KBL: jax.Array, log_t_B: jax.Array) -> tuple[jax.Array, Power]:
             logits = jnp.broadcast_to(jnp.asarray(self.logits), (*z_KBL.shape, self.mask_id + 1))
-            return logits, Power(jnp.zeros(z_KBL.shape))
+            return Logits(logits), Power(jnp.zeros(z_KBL.shape))
 
         return call
 
@@ -80,7 +81,7 @@ def draws(mode: str, total: int) -> tuple[np.ndarray, float]:
 
 def sampled(name: str, total: int) -> tuple[np.ndarray, float]:
     """The same of the tokens that a sampler writes."""
-    logits = jnp.append(jnp.log(jnp.asarray(with_tail(3), jnp.float32)), 0.0)
+    logits = jnp.append(jnp.log(jnp.asarray(with_tail(3), jnp.float32)), -jnp.inf)
     size = 2 if "blocks" in name else LENGTH
     context = functools.partial(Whole, Same(logits, 4), length=LENGTH, window=LENGTH, size=size)
     sampler = InBlocks(lambda params: context(params), CHOOSERS[name], Filter(), 4).sampler()

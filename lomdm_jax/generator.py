@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.order_head import Pointed
 from lomdm_jax.models.transformer import Sizes
-from lomdm_jax.objectives.nelbo import Reverse
+from lomdm_jax.objectives.nelbo import Reverse, Tokens
 from lomdm_jax.orders import Order, make_order
 from lomdm_jax.orders.learned import TRIALS, trial_of
 from lomdm_jax.orders.schedule import Schedule, Walk
@@ -69,21 +69,21 @@ class Generator(NamedTuple):
 
     def reverse(self, params: Any, dropout_keys_B: jax.Array | None = None) -> Reverse:
         """The reverse model as objectives call it: from z [K, B, L] and log t [B] (or None) to
-        logits [K, B, L, V] and the reverse schedule, parameters [K, B, L]."""
+        what is said of the tokens at [K, B, L] and the reverse schedule, parameters [K, B, L]."""
 
         def call(
             z_KBL: jax.Array,
             log_t_B: jax.Array | None,
             context_BL: jax.Array | None = None,
             rank_KBL: jax.Array | None = None,
-        ) -> tuple[jax.Array, Schedule]:
-            count = z_KBL.shape[0]
+        ) -> tuple[Tokens, Schedule]:
+            count, length = z_KBL.shape[0], z_KBL.shape[-1]
             context_NL, segments_NL = (
                 None if a_BL is None else jnp.repeat(a_BL, count, axis=0)
                 for a_BL in (context_BL, self.segments_BL)
             )
             module = self.module(params)
-            found_N = module.denoise(
+            tokens_N, scores_N = module.denoise(
                 _rows(z_KBL),
                 self._sigma(log_t_B, count),
                 _split_keys(dropout_keys_B, count),
@@ -91,10 +91,12 @@ class Generator(NamedTuple):
                 None if rank_KBL is None else _rows(rank_KBL),
                 segments_NL,
             )
-            logits, scores = jax.tree.map(
-                lambda a: jnp.reshape(a, (-1, count, *a.shape[1:])).swapaxes(0, 1), found_N
-            )
-            return logits, self.schedule(module, scores)
+
+            def of_draws(a_N: jax.Array) -> jax.Array:
+                return jnp.reshape(a_N, (-1, count, *a_N.shape[1:])).swapaxes(0, 1)
+
+            tokens = tokens_N.arranged(of_draws, self.order.masked_share(length, self.one_pass))
+            return tokens, self.schedule(module, jax.tree.map(of_draws, scores_N))
 
         return call
 

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lomdm_jax.objectives.nelbo import Terms, remove_mask
+from lomdm_jax.models.readout import Logits
+from lomdm_jax.objectives.nelbo import Terms
 from lomdm_jax.orders.schedule import Power
 from lomdm_jax.sampling.blocks import InBlocks
 from lomdm_jax.sampling.contexts import Whole
@@ -57,7 +58,8 @@ class TableModel(NamedTuple):
     def reverse(self, params, dropout_keys_B=None):
         def call(z_KBL, log_t_B, context_BL=None):
             code = self.code(z_KBL)
-            return params["logits"][code], self.schedule(params["reverse"][code])
+            logits = params["logits"][code].at[..., self.mask_id].set(-jnp.inf)
+            return Logits(logits), self.schedule(params["reverse"][code])
 
         return call
 
@@ -103,9 +105,9 @@ class States(NamedTuple):
 def states_of(generator: Any, params: Any, x: np.ndarray) -> States:
     mask = masks(len(x))
     z = jnp.where(mask, generator.mask_id, x)
-    logits, reverse = generator.reverse(params)(z[None], None)
+    tokens, reverse = generator.reverse(params)(z[None], None)
     reverse = jax.tree.map(lambda a: a[0], reverse.at(jnp.asarray(mask)[None]))
-    logp = jax.nn.log_softmax(remove_mask(logits[0], generator.mask_id))
+    logp = jax.nn.log_softmax(tokens.logits[0])
     nll = -jnp.take_along_axis(logp, jnp.broadcast_to(x, z.shape)[..., None], -1)[..., 0]
     forward = generator.forward(params, jnp.broadcast_to(x, z.shape)).at(jnp.asarray(mask))
     share, total = next_shares(forward.weights(), mask)

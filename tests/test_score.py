@@ -17,7 +17,6 @@ from lomdm_jax.errors import UserError
 from lomdm_jax.evaluation import text_score
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.jobs.score import score
-from lomdm_jax.objectives.nelbo import token_nll
 from lomdm_jax.trained import Trained
 from tests import oracle
 from tests.evaluation.test_trajectories import Compiled
@@ -125,8 +124,8 @@ def test_on_the_ranked_layout_what_is_given_comes_first_wherever_it_stands(score
     group = np.asarray(generator.order.groups(LENGTH)) + np.where(targets, LENGTH, 0)
     rank, x = np.argsort(np.argsort(group)).astype(np.int32), TOKENIZER.encode(TEXT)
     x_BL, z_BL = jnp.array([x], jnp.int32), jnp.full((1, LENGTH), TOKENIZER.mask_id)
-    logits, _ = generator.reverse(params)(z_BL[None], None, x_BL, jnp.asarray(rank)[None, None])
-    nll, _ = token_nll(logits[0], x_BL, TOKENIZER.mask_id)
+    tokens, _ = generator.reverse(params)(z_BL[None], None, x_BL, jnp.asarray(rank)[None, None])
+    (nll,), _ = tokens.costs(x_BL[None], jnp.ones_like(x_BL[None], bool))
     found = scored(name, "ranked", prefix="ab", text="ca", suffix="ba")
     assert [t.nats for t in found.tokens] == pytest.approx(np.asarray(nll)[0, 2:4], rel=1e-4)
     assert [t.rank for t in found.tokens] == (rank[2:4] - 4).tolist()

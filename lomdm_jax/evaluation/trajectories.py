@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lomdm_jax.generator import Generator, apart
-from lomdm_jax.objectives.nelbo import Batch, batch_of, remove_mask, token_nll
+from lomdm_jax.objectives.nelbo import Batch, Tokens, batch_of
 from lomdm_jax.orders.race import group_places, invert, next_log_shares, row_ranks
 from lomdm_jax.orders.schedule import Weights
 from lomdm_jax.sampling.tokens import entropy
@@ -119,11 +119,11 @@ def _by_state(
 
     def look(mask_BL: jax.Array) -> Facts:
         z_BL = jnp.where(mask_BL, model.mask_id, rows.tokens_BL)
-        logits_1BLV, backward = reverse(z_BL[None], None)
+        tokens, backward = reverse(z_BL[None], None)
         log_q_BL, log_sum_B = next_log_shares(forward, mask_BL)
         log_p_1BL, log_sum_1B = next_log_shares(backward.weights(), mask_BL[None])
         log_ratio_B = log_sum_B - log_sum_1B[0]
-        facts = _of_tokens(rows, logits_1BLV[0], model.mask_id)
+        facts = _of_tokens(rows, tokens)
         facts |= {"log_q_BL": log_q_BL, "log_p_BL": log_p_1BL[0]}
         of_rows = {
             "order_entropy_BL": entropy(log_p_1BL[0]),
@@ -148,8 +148,7 @@ def _by_group(
 
     def look(mask_BL: jax.Array) -> Facts:
         z_BL = jnp.where(mask_BL, model.mask_id, rows.tokens_BL)
-        logits_1BLV, _ = reverse(z_BL[None], None, rows.tokens_BL)
-        return _of_tokens(rows, logits_1BLV[0], model.mask_id)
+        return _of_tokens(rows, reverse(z_BL[None], None, rows.tokens_BL)[0])
 
     left_BL = jnp.log(jnp.maximum(size_BL - place_BL, 1).astype(jnp.float32))
     choice = {"log_q_BL": -left_BL, "log_p_BL": -left_BL, "order_entropy_BL": left_BL}
@@ -168,13 +167,13 @@ def _by_order(
     weights = model.forward(params, rows.tokens_BL).weights()
     rank_BL = _ranks(model, params, rows, weights, absent_BL)
     z_BL = jnp.full_like(rows.tokens_BL, model.mask_id)
-    logits_1BLV, backward = model.reverse(params)(z_BL[None], None, rows.tokens_BL, rank_BL[None])
+    tokens, backward = model.reverse(params)(z_BL[None], None, rows.tokens_BL, rank_BL[None])
     prior = weights  # without moves a schedule is the same for both
     if weights.moves is not None:
         prior = jax.tree.map(lambda a: a[0], backward.weights())
     log_q_BL, _ = _choices(weights, rank_BL, absent_BL)
     log_p_BL, choice_BL = _choices(prior, rank_BL, absent_BL)
-    facts = _of_tokens(rows, logits_1BLV[0], model.mask_id)
+    facts = _of_tokens(rows, tokens)
     facts |= {"log_q_BL": log_q_BL, "log_p_BL": log_p_BL, "order_entropy_BL": choice_BL}
     return rank_BL, facts | {"clock_BL": jnp.zeros_like(log_q_BL)}
 
@@ -214,12 +213,13 @@ def _choices(
     return log_p_BL, entropy_BL
 
 
-def _of_tokens(rows: Batch, logits_BLV: jax.Array, mask_id: int) -> Facts:
-    """What a pass says of the tokens; pads cost nothing."""
-    nll_BL, confidence_BL = token_nll(logits_BLV, rows.tokens_BL, mask_id)
+def _of_tokens(rows: Batch, tokens: Tokens) -> Facts:
+    """What a pass over one draw says of the tokens; pads cost nothing."""
+    everywhere_1BL = jnp.ones_like(rows.tokens_BL[None], bool)
+    nll_BL, confidence_BL = (a[0] for a in tokens.costs(rows.tokens_BL[None], everywhere_1BL))
     if rows.padding_BL is not None:
         nll_BL = jnp.where(rows.padding_BL, 0.0, nll_BL)
-    entropy_BL = entropy(jax.nn.log_softmax(remove_mask(logits_BLV, mask_id)))
+    entropy_BL = entropy(jax.nn.log_softmax(tokens.logits[0]))
     return {"nll_BL": nll_BL, "entropy_BL": entropy_BL, "confidence_BL": confidence_BL}
 
 

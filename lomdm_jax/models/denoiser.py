@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from lomdm_jax.models.order_head import OrderHead, Pointed, Pointer, TokenHead, WalkHead
+from lomdm_jax.models.readout import Logits, Readout
 from lomdm_jax.models.transformer import Sizes, Transformer
 from lomdm_jax.models.visibility import Cached, View, causal, full, ranked
 
@@ -71,9 +72,9 @@ class Denoiser(nnx.Module):
         context_BL: jax.Array | None = None,
         rank_BL: jax.Array | None = None,
         segments_BL: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | Pointed]:
-        """Logits, float32 [B, L, vocab_size], and reverse scores, float32 [B, L] (of a pointer, see
-        `Pointed`).
+    ) -> tuple[Readout | Logits, jax.Array | Pointed]:
+        """What is said of the tokens at [B, L], and reverse scores, float32 [B, L] (of a pointer,
+        see `Pointed`). The mask token is never predicted: its logit is -inf.
 
         Args:
           z_BL: token ids, masked positions holding the mask id, int32.
@@ -93,16 +94,16 @@ class Denoiser(nnx.Module):
         cond_BD = self._condition(z_BL, sigma_B)
         hidden_BQD = self.backbone.hidden(tokens_BQ, cond_BD, view, dropout_keys_B)
         hidden_BLD = hidden_BQD if places is None else hidden_BQD[places]
-        logits_BLV = self.backbone.output_layer(hidden_BLD, cond_BD)
+        tokens = self._readout(hidden_BLD, cond_BD)
         if self.scores == "none":
-            return logits_BLV, jnp.zeros(z_BL.shape, jnp.float32)
+            return tokens, jnp.zeros(z_BL.shape, jnp.float32)
         if self.scores == "token":
-            is_mask_V = jnp.arange(logits_BLV.shape[-1]) == self.mask_id
-            return self.token_head.reverse(jnp.where(is_mask_V, -jnp.inf, logits_BLV))
+            logits_BLV, scores_BL = self.token_head.reverse(tokens.logits)
+            return Logits(logits_BLV), scores_BL
         features = jax.lax.stop_gradient((hidden_BQD, cond_BD))
         if self.scores == "pointer":
-            return logits_BLV, self.prior_head(features[0][:, z_BL.shape[1] :], cond_BD, view)
-        return logits_BLV, self.reverse_head(*features, view)
+            return tokens, self.prior_head(features[0][:, z_BL.shape[1] :], cond_BD, view)
+        return tokens, self.reverse_head(*features, view)
 
     def forward_scores(
         self, x_BL: jax.Array, segments_BL: jax.Array | None = None
@@ -132,9 +133,8 @@ class Denoiser(nnx.Module):
         return self.backbone.recall(tokens_BQ, cond_BD, view, memories)
 
     def predict(self, hidden_BQD: jax.Array) -> jax.Array:
-        """Logits, float32 [B, Q, vocab_size], of such hidden states."""
-        nothing_B = jnp.zeros(len(hidden_BQD))
-        return self.backbone.output_layer(hidden_BQD, self.backbone.condition(nothing_B))
+        """Logits, float32 [B, Q, vocab_size], of such hidden states; -inf at the mask token."""
+        return self._readout(hidden_BQD, self._condition(hidden_BQD, None)).logits
 
     def moves(self, hidden_BQD: jax.Array) -> jax.Array | None:
         """What a pointer says of the moves from each content, float32 [B, Q, 2 W + 1]; None where
@@ -179,6 +179,10 @@ class Denoiser(nnx.Module):
         tokens_BQ = jnp.pad(before, ((0, 0), (1, 0)), constant_values=self.mask_id)
         rows = jnp.arange(len(order_BQ))[:, None]
         return tokens_BQ, causal(order_BQ.shape[1], segment_BQ), (rows, jnp.argsort(order_BQ))
+
+    def _readout(self, hidden_BLD: jax.Array, cond_BD: jax.Array) -> Readout:
+        tokens = self.backbone.output_layer(hidden_BLD, cond_BD)
+        return tokens._replace(bias=tokens.bias.at[self.mask_id].set(-jnp.inf))
 
     def _condition(self, tokens_BL: jax.Array, sigma_B: jax.Array | None) -> jax.Array:
         sigma_B = jnp.zeros(tokens_BL.shape[0]) if sigma_B is None else sigma_B

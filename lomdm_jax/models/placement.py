@@ -1,5 +1,6 @@
 """Where arrays inside a network lie, by the names of mesh axes; without a mesh, nowhere special."""
 
+import math
 from typing import Any
 
 import jax
@@ -17,3 +18,10 @@ def constrain(a: jax.Array, *axes: Any) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return a
     return jax.lax.with_sharding_constraint(a, PartitionSpec(*axes))
+
+
+def parts_of_batch(rows: int) -> int:
+    """Over how many devices the mesh splits a batch of `rows`; 1 if it does not divide evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    return parts if rows % parts == 0 else 1

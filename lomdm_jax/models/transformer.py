@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lomdm_jax.models.placement import BATCH, TENSOR, constrain
+from lomdm_jax.models.readout import Readout
 from lomdm_jax.models.visibility import Memory, View
 
 # What a block keeps for its gradient; the rest is computed again.
@@ -211,7 +212,7 @@ class Embedding(nnx.Module):
 
 
 class OutputLayer(nnx.Module):
-    """Hidden states to float32 logits over the vocabulary, the mask token included."""
+    """Hidden states to tokens of the vocabulary, the mask token included."""
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype
@@ -220,18 +221,15 @@ class OutputLayer(nnx.Module):
         self.linear = linear(width, sizes.vocab_size, zero=True, rngs=rngs, dtype=dtype)
         self.adaLN_modulation = linear(cond_dim, 2 * width, zero=True, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array) -> jax.Array:
+    def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array) -> Readout:
         shift, scale = jnp.split(self.adaLN_modulation(cond_BD), 2, axis=-1)
         h_BLD = _modulate(self.norm_final(x_BLD), shift, scale).astype(self.dtype)
-        # Products in the compute dtype, sums and logits in float32: a bound must not be rounded.
-        kernel = self.linear.kernel[...].astype(self.dtype)
-        logits_BLV = jnp.matmul(h_BLD, kernel, preferred_element_type=jnp.float32)
         assert self.linear.bias is not None
-        return constrain(logits_BLV, BATCH, None, TENSOR) + self.linear.bias[...]
+        return Readout(h_BLD, self.linear.kernel[...], self.linear.bias[...])
 
 
 class Transformer(nnx.Module):
-    """Tokens [B, L] to hidden states [B, L, width]; `output_layer` turns those into logits."""
+    """Tokens [B, L] to hidden states [B, L, width]; `output_layer` reads tokens off those."""
 
     def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs):
         width, cond_dim, dtype = sizes.width, sizes.cond_dim, sizes.dtype

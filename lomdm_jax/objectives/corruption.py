@@ -4,10 +4,12 @@ Every draw is a pure function of one key per example, so it does not depend on h
 is cut into micro-batches or spread over devices.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lomdm_jax.orders import race
 from lomdm_jax.orders.schedule import Schedule, Weights, log_mask_probability
@@ -24,7 +26,9 @@ class Corruption(NamedTuple):
     log_q_KB: jax.Array
 
 
-def stratified_uniforms(key: jax.Array, index_B: jax.Array, total: int | jax.Array) -> jax.Array:
+def stratified_uniforms(
+    key: jax.Array, index_B: jax.Array | np.ndarray, total: int | jax.Array
+) -> jax.Array:
     """One uniform in [0, 1) per example, float32 [B], stratified over the whole global batch.
 
     u_b = (u + b / total) mod 1 with one shared u, so the `total` examples of a batch fall one in
@@ -36,6 +40,17 @@ def stratified_uniforms(key: jax.Array, index_B: jax.Array, total: int | jax.Arr
       total: size of the global batch.
     """
     return jnp.mod(jax.random.uniform(key) + index_B / total, 1.0)
+
+
+def scattered(total: int) -> np.ndarray:
+    """The examples of a batch in an order in which neighbours lie far apart, int [total].
+
+    With it as the indices of `stratified_uniforms`, the share of a batch that a device has is as
+    good a mixture of few and many masks as the whole, and all devices have as much to score.
+    """
+    near_golden = range(round(total * (math.sqrt(5) - 1) / 2), total + 1)
+    stride = next((s for s in near_golden if math.gcd(s, total) == 1), 1)
+    return np.arange(total) * stride % total
 
 
 def corrupt_at(

@@ -29,8 +29,21 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 FULL_RANGE = np.array([[0.0, 1.0]], np.float32)
 
 
+class Tokens(Protocol):
+    """What the model says of the tokens at positions [..., B, L]; see `models.readout`."""
+
+    @property
+    def logits(self) -> jax.Array:
+        """float32 [..., B, L, V + mask], -inf at the mask token."""
+        ...
+
+    def costs(self, tokens_BL: jax.Array, where_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cross-entropy (nats) and confidence, float32 [..., B, L], 0 where not asked for."""
+        ...
+
+
 class Reverse(Protocol):
-    """The model: from masked sequences to logits and the reverse schedule."""
+    """The model: from masked sequences to their tokens and the reverse schedule."""
 
     def __call__(
         self,
@@ -38,8 +51,8 @@ class Reverse(Protocol):
         log_t_B: jax.Array | None,
         context_BL: jax.Array | None = None,
         rank_KBL: jax.Array | None = None,
-    ) -> tuple[jax.Array, Schedule]:
-        """Logits [K, B, L, V + mask], and the schedule with parameters [K, B, L].
+    ) -> tuple[Tokens, Schedule]:
+        """What is said of the tokens at [K, B, L], and the schedule with parameters [K, B, L].
 
         log_t_B: None where the estimate has no time.
         context_BL: the clean text, for models whose attention follows an order: each position
@@ -121,26 +134,6 @@ class Estimate(NamedTuple):
     forward_KBL: jax.Array
     reverse_KBL: jax.Array
     credit: Credit | None = None
-
-
-def token_nll(
-    logits_BLV: jax.Array, tokens_BL: jax.Array, mask_id: int
-) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy (nats) and confidence, both float32 [..., L].
-
-    The mask token's logit is removed before the softmax: the mask is never predicted.
-    """
-    logits_BLV = remove_mask(logits_BLV, mask_id)
-    normaliser_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    picked_BL = jnp.take_along_axis(logits_BLV, tokens_BL[..., None], axis=-1)[..., 0]
-    confidence_BL = jnp.exp(jnp.max(jax.lax.stop_gradient(logits_BLV), axis=-1) - normaliser_BL)
-    return normaliser_BL - picked_BL, jax.lax.stop_gradient(confidence_BL)
-
-
-def remove_mask(logits_BLV: jax.Array, mask_id: int) -> jax.Array:
-    """Logits in float32 with the mask token's set to -inf."""
-    is_mask_V = jnp.arange(logits_BLV.shape[-1]) == mask_id
-    return jnp.where(is_mask_V, -jnp.inf, logits_BLV.astype(jnp.float32))
 
 
 def continuous(
@@ -307,9 +300,8 @@ def all_ranks(
     everyone_BL = jnp.ones_like(batch.targets_BL)
     rank_BL = row_ranks(batch.keys_B, jax.lax.stop_gradient(weights), everyone_BL)
     z_BL = jnp.full_like(batch.tokens_BL, mask_id)
-    logits_1BLV, backward = reverse(z_BL[None], None, batch.tokens_BL, rank_BL[None])
-    nll_BL, confidence_BL = _costs(batch, logits_1BLV[0], mask_id)
-    nll_BL = jnp.where(batch.targets_BL, nll_BL, 0.0)
+    tokens, backward = reverse(z_BL[None], None, batch.tokens_BL, rank_BL[None])
+    nll_BL, confidence_BL = (a[0] for a in _costs(batch, tokens, batch.targets_BL[None]))
     main = jnp.sum(nll_BL, axis=-1)[None]
     nothing, drawn = jnp.zeros_like(main), (batch.targets_BL[None], confidence_BL[None])
     if weights.moves is None:
@@ -427,16 +419,16 @@ def _evaluate(
     mask_id: int,
     context_BL: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, Schedule]:
-    """Cross-entropy and confidence [K, B, L], and the reverse schedule, at the drawn states."""
+    """Cross-entropy and confidence [K, B, L] of what is masked, and the reverse schedule."""
     z_KBL = jnp.where(mask_KBL, mask_id, batch.tokens_BL)
-    logits_KBLV, backward = reverse(z_KBL, log_t_B, context_BL)
-    return *_costs(batch, logits_KBLV, mask_id), backward
+    tokens, backward = reverse(z_KBL, log_t_B, context_BL)
+    return *_costs(batch, tokens, mask_KBL), backward
 
 
-def _costs(batch: Batch, logits_BLV: jax.Array, mask_id: int) -> tuple[jax.Array, jax.Array]:
-    """`token_nll` of the batch's tokens, where pads cost nothing; float32 [..., B, L]."""
-    tokens_BL = jnp.broadcast_to(batch.tokens_BL, logits_BLV.shape[:-1])
-    nll_BL, confidence_BL = token_nll(logits_BLV, tokens_BL, mask_id)
+def _costs(batch: Batch, tokens: Tokens, where_KBL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy and confidence of the batch's tokens, where pads cost nothing; [K, B, L]."""
+    tokens_KBL = jnp.broadcast_to(batch.tokens_BL, where_KBL.shape)
+    nll_BL, confidence_BL = tokens.costs(tokens_KBL, where_KBL)
     if batch.padding_BL is not None:
         nll_BL = jnp.where(batch.padding_BL, 0.0, nll_BL)
     return nll_BL, confidence_BL

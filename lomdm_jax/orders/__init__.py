@@ -44,6 +44,15 @@ class Order(NamedTuple):
             return "order"
         return "state" if self.groups is None else "groups"
 
+    def masked_share(self, length: int, one_pass: str) -> float:
+        """How many of the positions are masked, and scored, in a pass over a training batch: the
+        mean where the number of masked positions is uniform, of all or of each group."""
+        if one_pass == "order":
+            return 1.0
+        single = np.zeros(length, int)
+        groups = single if self.groups is None or one_pass == "state" else self.groups(length)
+        return float(np.sum(np.unique(groups, return_counts=True)[1] + 1) / (2 * length))
+
     def check(self, length: int) -> None:
         """Raise the UserError of bad settings for sequences of `length` tokens, before tracing."""
         jax.eval_shape(self.schedule, jax.ShapeDtypeStruct((1, length), jnp.float32))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.objectives.nelbo import remove_mask
 from lomdm_jax.orders.race import next_log_shares
 from lomdm_jax.orders.schedule import Schedule
 from lomdm_jax.sampling.choice import Chooser, Now
@@ -144,7 +143,6 @@ class InBlocks(NamedTuple):
     ) -> Look:
         """One call of the network."""
         logits_BKV, schedule = context.look(memory, tokens_BT, block, log_t_B)
-        logits_BKV = remove_mask(logits_BKV, self.mask_id)
         log_p_BKV, allowed_BKV = jax.nn.log_softmax(logits_BKV), self.filter(logits_BKV)
         drawn_BK = draw_tokens(keys_B, allowed_BKV)
         log_p_BK = jnp.take_along_axis(log_p_BKV, drawn_BK[..., None], axis=-1)[..., 0]

@@ -72,10 +72,10 @@ class Whole(NamedTuple):
     ) -> tuple[jax.Array, Schedule]:
         first = jnp.maximum(0, (block + 1) * self.size - self.window)
         z_BW = jax.lax.dynamic_slice_in_dim(tokens_BT, first, self.window, axis=1)
-        logits_1BWV, schedule = self.generator.reverse(self.params)(z_BW[None], log_t_B)
+        tokens, schedule = self.generator.reverse(self.params)(z_BW[None], log_t_B)
         schedule = schedule.at((z_BW == self.generator.mask_id)[None])
         block_of = functools.partial(self._block, start=block * self.size - first)
-        return block_of(logits_1BWV[0]), jax.tree.map(lambda a: block_of(a[0]), schedule)
+        return block_of(tokens.logits[0]), jax.tree.map(lambda a: block_of(a[0]), schedule)
 
     def _block(self, a_BW: jax.Array, start: jax.Array) -> jax.Array:
         if a_BW.shape[1] != self.window:  # one value for all positions

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.objectives.nelbo import remove_mask
 from lomdm_jax.orders.race import invert, next_log_shares, row_ranks
 from lomdm_jax.orders.schedule import Weights
 from lomdm_jax.sampling.contexts import Recall
@@ -89,7 +88,7 @@ class InAnyOrder(NamedTuple):
         keys_B2 = jax.vmap(jax.random.split)(folded(state.keys_B, samples.calls))
         places_BQ, slots_BQ, log_share_BT = self._next(keys_B2[:, 0], state)
         now_BQ = jnp.broadcast_to(slots_BQ[:, :1], slots_BQ.shape)  # none knows of the others
-        logits_BQV = remove_mask(model.ask(state.memory, places_BQ, now_BQ), self.mask_id)
+        logits_BQV = model.ask(state.memory, places_BQ, now_BQ)
         allowed_BQV, log_p_BQV = self.filter(logits_BQV), jax.nn.log_softmax(logits_BQV)
         drawn_BQ = draw_tokens(keys_B2[:, 1], allowed_BQV)
         taken_BQ = independent(entropy(jax.nn.log_softmax(allowed_BQV)), self.dependence)

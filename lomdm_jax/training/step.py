@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax.generator import Generator, apart
 from lomdm_jax.objectives import Objective, loss
-from lomdm_jax.objectives.corruption import stratified_uniforms
+from lomdm_jax.objectives.corruption import scattered, stratified_uniforms
 from lomdm_jax.objectives.leave_one_out import groups, leaders
 from lomdm_jax.objectives.nelbo import Batch, Estimate, Terms, batch_of, targets_of
 from lomdm_jax.orders.learned import TRIALS, trial_of
@@ -88,7 +88,7 @@ def _rows(batch: Arrays, ignore_first: bool, noise_range: jax.Array, key: jax.Ar
     total = len(batch["tokens"])
     index_B = jnp.arange(total)
     keys_B = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(row_key, i)))(index_B)
-    uniform_B = stratified_uniforms(time_key, index_B, total)
+    uniform_B = stratified_uniforms(time_key, scattered(total), total)
     range_B2 = jnp.broadcast_to(noise_range, (total, 2))  # per row, to be cut as rows are
     rows = batch_of(batch, keys_B[:, 0], uniform_B)._replace(noise_range_B2=range_B2)
     rows = rows._replace(targets_BL=targets_of(rows.targets_BL, ignore_first))

@@ -12,7 +12,6 @@ import pytest
 from lomdm_jax.config import default_config
 from lomdm_jax.evaluation.trajectories import calls, importance_bound, make_trajectories
 from lomdm_jax.generator import init_params, make_generator
-from lomdm_jax.objectives.nelbo import token_nll
 from lomdm_jax.orders.race import reveal_log_probabilities
 from tests import oracle
 
@@ -147,13 +146,13 @@ def order_by_order(name, x=X):
     @jax.jit
     def costs(params, x_BL):
         z = jnp.full(x_BL.shape, VOCAB)
-        logits, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
+        tokens, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
         forward = generator.forward(params, x_BL).weights()
         prior = forward
         if forward.moves is not None:
             prior = jax.tree.map(lambda a: a[0], backward.weights())
         each = (reveal_log_probabilities(w, jnp.asarray(RANKS), everyone) for w in (forward, prior))
-        return token_nll(logits[0], x_BL, VOCAB)[0], *each
+        return tokens.costs(x_BL[None], everyone[None])[0][0], *each
 
     x_BL = jnp.tile(jnp.asarray(x), (len(RANKS), 1))
     found = jax.device_get(costs(params, x_BL))

@@ -323,12 +323,12 @@ def test_pytorch_reads_an_export_and_gives_the_same_logits(order, tmp_path, in_f
     whole = trained.generator.one_pass == "order"
     extra = {"context_BL": x_BL, "rank_BL": rank_BL} if whole else {"context_BL": x_BL}
     denoise = jax.jit(lambda params, z, extra: trained.generator.module(params).denoise(z, **extra))
-    expected, _ = denoise(trained.params, z_BL, extra)
+    expected = denoise(trained.params, z_BL, extra)[0].logits
     with torch.no_grad():
         found, _ = network.denoise(
             torch.tensor(z_BL), **{name: torch.tensor(a) for name, a in extra.items()}
         )
-    mask = trained.tokenizer.mask_id  # which counts nowhere, and of genmd4 is -inf
+    mask = trained.tokenizer.mask_id  # which counts nowhere, and of ours is -inf
     found, expected = (np.delete(np.asarray(a), mask, -1) for a in (found, expected))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(found, expected, atol=2e-4, rtol=2e-5)

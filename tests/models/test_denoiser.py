@@ -72,8 +72,9 @@ def test_backbone_has_mdlms_names_and_shapes():
 
 def test_a_fresh_model_is_uniform_and_its_order_random():
     graphdef, params = build(randomise=False)
-    logits, scores = nnx.merge(graphdef, params).denoise(jnp.zeros((2, 6), jnp.int32))
-    assert (logits == 0).all() and (scores == 0).all()
+    tokens, scores = nnx.merge(graphdef, params).denoise(jnp.zeros((2, 6), jnp.int32))
+    assert (tokens.logits[..., :10] == 0).all() and (scores == 0).all()
+    assert jnp.isneginf(tokens.logits[..., 10]).all()  # the mask token is never predicted
 
 
 def test_learning_the_order_leaves_the_backbone_as_it_is():
@@ -107,7 +108,7 @@ def test_gradients_stay_in_their_parts():
         grads = jax.grad(lambda p: jnp.sum(function(nnx.merge(graphdef, p)) ** 2))(params)
         return {name for name in grads if any((g != 0).any() for g in jax.tree.leaves(grads[name]))}
 
-    assert touched(lambda m: m.denoise(z)[0]) == {"backbone"}
+    assert touched(lambda m: m.denoise(z)[0].logits[..., :10]) == {"backbone"}
     assert touched(lambda m: m.denoise(z)[1]) == {"reverse_head"}
     assert touched(lambda m: m.forward_scores(z)) == {"forward_head"}
 
@@ -116,19 +117,21 @@ def test_equal_token_rates_leave_the_logits_and_unequal_ones_tilt_them():
     graphdef, params = build(scores="token")
     z = jnp.arange(12).reshape(2, 6) % 11
     params["token_head"]["log_rate"] = jnp.zeros(11)
-    logits, scores = nnx.merge(graphdef, params).denoise(z)
+    tokens, scores = nnx.merge(graphdef, params).denoise(z)
     plain = nnx.merge(*build(scores="none")[:1], {"backbone": params["backbone"]}).denoise(z)[0]
-    expected = jax.nn.log_softmax(plain[..., :10])
-    np.testing.assert_allclose(logits[..., :10], expected, rtol=1e-4, atol=1e-5)
+    expected = jax.nn.log_softmax(plain.logits[..., :10])
+    np.testing.assert_allclose(tokens.logits[..., :10], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(scores, 0, atol=1e-5)
     rates = jnp.linspace(0.5, 3.0, 11)
     params["token_head"]["log_rate"] = jnp.log(rates)
     model = nnx.merge(graphdef, params)
-    logits, scores = model.denoise(z)
+    tokens, scores = model.denoise(z)
     weighted = jnp.exp(expected) * rates[:10]
     np.testing.assert_allclose(jnp.exp(scores), weighted.sum(-1), rtol=1e-4)
     shares = weighted / weighted.sum(-1, keepdims=True)
-    np.testing.assert_allclose(jax.nn.softmax(logits[..., :10]), shares, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        jax.nn.softmax(tokens.logits[..., :10]), shares, rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(jnp.exp(model.forward_scores(z)), rates[z], rtol=1e-6)
 
 
@@ -137,6 +140,7 @@ def test_bfloat16_compute_gives_float32_logits_near_float32s():
     graphdef, params = build()
     exact, _ = nnx.merge(graphdef, params).denoise(z)
     rough, rough_scores = nnx.merge(build(dtype=jnp.bfloat16)[0], params).denoise(z)
+    exact, rough = (tokens.logits[..., :10] for tokens in (exact, rough))
     assert rough.dtype == jnp.float32 and rough_scores.dtype == jnp.float32
     assert jax.tree.leaves(params)[0].dtype == jnp.float32
     np.testing.assert_allclose(rough, exact, atol=0.05 * float(jnp.abs(exact).max()))
@@ -147,18 +151,21 @@ def test_dropout_depends_on_the_rows_own_key_only():
     graphdef, params = build()
     z, keys = jnp.arange(24).reshape(4, 6) % 11, jax.random.split(jax.random.key(0), 4)
     model = nnx.merge(graphdef, params)
-    together = model.denoise(z, None, keys)[0]
+    together = model.denoise(z, None, keys)[0].logits
     np.testing.assert_allclose(
-        together[2:], model.denoise(z[2:], None, keys[2:])[0], rtol=1e-5, atol=1e-5
+        together[2:], model.denoise(z[2:], None, keys[2:])[0].logits, rtol=1e-5, atol=1e-5
     )
-    assert not np.allclose(together, model.denoise(z)[0])
+    assert not np.allclose(together, model.denoise(z)[0].logits)
 
 
 def test_time_conditioning_changes_the_logits():
     graphdef, params = build()
     z, model = jnp.zeros((2, 6), jnp.int32), nnx.merge(graphdef, params)
-    np.testing.assert_array_equal(model.denoise(z)[0], model.denoise(z, jnp.zeros(2))[0])
-    assert not np.allclose(model.denoise(z)[0], model.denoise(z, jnp.ones(2))[0])
+    plain, early, late = (
+        model.denoise(z, sigma)[0].logits for sigma in (None, jnp.zeros(2), jnp.ones(2))
+    )
+    np.testing.assert_array_equal(plain, early)
+    assert not np.allclose(plain, late)
 
 
 LAYOUTS = {  # scores, layout, groups (or ranks) of eight positions
@@ -184,9 +191,9 @@ def answers(kind, state, text, segments=None, place=slice(None)):
     graphdef, params = build(scores, length=8, layout=layout, groups=groups)
     model, state, text = nnx.merge(graphdef, params), jnp.asarray(state), jnp.asarray(text)
     segments = None if segments is None else jnp.asarray(segments)
-    logits, reverse = model.denoise(state, context_BL=text, segments_BL=segments)
+    tokens, reverse = model.denoise(state, context_BL=text, segments_BL=segments)
     forward = model.forward_scores(text, segments)
-    return [logits, *(a.moves if scores == "pointer" else a for a in (reverse, forward))]
+    return [tokens.logits, *(a.moves if scores == "pointer" else a for a in (reverse, forward))]
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -210,7 +217,7 @@ def test_no_gradient_crosses_from_one_document_to_another(kind):
 
     def total(params):
         model = nnx.merge(graphdef, params)
-        logits, _ = model.denoise(text, segments_BL=jnp.asarray(SEGMENTS))
+        logits = model.denoise(text, segments_BL=jnp.asarray(SEGMENTS))[0].logits[..., :10]
         return jnp.sum(jnp.where(SEGMENTS[..., None] == 1, logits, 0.0) ** 2)
 
     grads = jax.jit(jax.grad(total))(params)["backbone"]["vocab_embed"]["embedding"]

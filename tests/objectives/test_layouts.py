@@ -100,8 +100,8 @@ def test_one_pass_of_the_doubled_layout_is_the_general_bound(name):
             mask = np.ones(LENGTH, bool)  # what other blocks mask must not matter: mask all
             mask[place] = subset
             z = jnp.where(mask, VOCAB, X)[None, None]
-            logits = generator.reverse(params)(z, None, jnp.asarray(X)[None])[0][0, 0]
-            log_p = jax.nn.log_softmax(logits[:, :VOCAB])
+            tokens, _ = generator.reverse(params)(z, None, jnp.asarray(X)[None])
+            log_p = jax.nn.log_softmax(tokens.logits[0, 0, :, :VOCAB])
             nll = -np.asarray(log_p)[np.arange(LENGTH), X]
             n = subset.sum()
             ways = np.sum([s.sum() == n for s in subsets])
@@ -131,8 +131,8 @@ def test_every_group_has_a_time_of_its_own():
     np.testing.assert_allclose(shares[2:], t, atol=4 * np.sqrt(t * (1 - t) / 4000))
     generator, params = network("block:2")
     z = jnp.where(found.mask_KBL, VOCAB, batch.tokens_BL)
-    logits = generator.reverse(params)(z, None, batch.tokens_BL)[0][..., :VOCAB]
-    log_p = jax.nn.log_softmax(logits)[..., np.arange(LENGTH), X]
+    tokens, _ = generator.reverse(params)(z, None, batch.tokens_BL)
+    log_p = jax.nn.log_softmax(tokens.logits[..., :VOCAB])[..., np.arange(LENGTH), X]
     nats = -jnp.where(found.mask_KBL, log_p, 0.0).reshape(1, 4000, 2, 2).sum(-1)
     main = (1 - 1e-3) / 0.9 / t * nats[..., 1]
     np.testing.assert_allclose(found.terms.main, main, rtol=1e-4, atol=1e-5)
@@ -194,9 +194,9 @@ def test_a_permutation_is_left_to_right_on_permuted_text():
     group = permuted.order.groups(LENGTH)
     order = np.argsort(group)
     z = jnp.asarray(X)[None, None]
-    straight = ar.reverse(params)(z[..., order], None)[0]
+    straight = ar.reverse(params)(z[..., order], None)[0].logits
     np.testing.assert_allclose(
-        permuted.reverse(params)(z, None)[0], straight[..., group, :], rtol=1e-5, atol=1e-6
+        permuted.reverse(params)(z, None)[0].logits, straight[..., group, :], rtol=1e-5, atol=1e-6
     )
 
 
@@ -210,7 +210,8 @@ def test_nothing_leaks_from_what_is_revealed_later(name):
         other = X.copy()
         other[changed] = 1 - other[changed]
         ours, theirs = (
-            generator.reverse(params)(z, None, jnp.asarray(x)[None])[0][0, 0] for x in (X, other)
+            generator.reverse(params)(z, None, jnp.asarray(x)[None])[0].logits[0, 0]
+            for x in (X, other)
         )
         differs = np.asarray(jnp.abs(ours - theirs).max(-1) > 1e-6)
         np.testing.assert_array_equal(differs, group > group[changed])
@@ -221,7 +222,7 @@ def test_one_block_of_everything_is_the_bidirectional_model():
     (block, params), (mdm, _) = network("block:4"), network("mdm")
     z = jnp.array([[[VOCAB, 0, 1, VOCAB]]])
     np.testing.assert_allclose(
-        block.reverse(params)(z, None)[0], mdm.reverse(params)(z, None)[0], rtol=1e-5, atol=1e-6
+        *(model.reverse(params)(z, None)[0].logits for model in (block, mdm)), rtol=1e-5, atol=1e-6
     )
 
 

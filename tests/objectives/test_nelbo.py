@@ -10,6 +10,7 @@ from flax import nnx
 
 from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.readout import Logits
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
@@ -140,9 +141,9 @@ def as_known(reverse, tokens_BL, known_BL):
     """The same model, but for positions of which it is certain, whatever it sees."""
 
     def call(*args):
-        logits, schedule = reverse(*args)
-        sure = 1e3 * jax.nn.one_hot(tokens_BL, logits.shape[-1])
-        return jnp.where(known_BL[..., None], sure, logits), schedule
+        tokens, schedule = reverse(*args)
+        sure = 1e3 * jax.nn.one_hot(tokens_BL, tokens.logits.shape[-1])
+        return Logits(jnp.where(known_BL[..., None], sure, tokens.logits)), schedule
 
     return call
 
@@ -236,7 +237,7 @@ def genmd4_bound(generator, params, x):
     rates = jnp.exp(params["token_head"]["log_rate"])[:2]
     z = jnp.where(states.mask, 2, x)
     mdm, _ = tiny_network("mdm")
-    logits = mdm.reverse({"backbone": params["backbone"]})(z[None], None)[0][0, ..., :2]
+    logits = mdm.reverse({"backbone": params["backbone"]})(z[None], None)[0].logits[0, ..., :2]
     p = jax.nn.softmax(logits)
     nll = -jnp.log(jnp.take_along_axis(p, jnp.broadcast_to(x, z.shape)[..., None], -1)[..., 0])
     cost = rates[x] * nll + p @ rates - rates[x]

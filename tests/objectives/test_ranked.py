@@ -11,6 +11,7 @@ from scipy import stats
 
 from lomdm_jax.generator import Generator
 from lomdm_jax.models.denoiser import Denoiser
+from lomdm_jax.models.readout import Logits
 from lomdm_jax.models.transformer import Sizes
 from lomdm_jax.objectives import loss, make_objective
 from lomdm_jax.objectives.corruption import stratified_uniforms
@@ -89,8 +90,8 @@ def pairs(generator, params, x):
     of place [6, L]."""
     x_BL = jnp.tile(jnp.asarray(x), (len(RANKS), 1))
     z = jnp.full(x_BL.shape, VOCAB)
-    logits, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
-    log_p = jax.nn.log_softmax(logits[0, :, :, :VOCAB])
+    tokens, backward = generator.reverse(params)(z[None], None, x_BL, jnp.asarray(RANKS)[None])
+    log_p = jax.nn.log_softmax(tokens.logits[0, :, :, :VOCAB])
     nll = -jnp.take_along_axis(log_p, x_BL[..., None], -1)[..., 0]
     backward = backward.weights()
     if backward.moves is not None:
@@ -163,9 +164,9 @@ def test_pads_that_are_not_counted_are_generated_as_if_they_were_known():
     @jax.value_and_grad
     def value(params, padding, known):
         def reverse(*args):
-            logits, schedule = generator.reverse(params)(*args)
+            tokens, schedule = generator.reverse(params)(*args)
             sure = 1e3 * jax.nn.one_hot(batch.tokens_BL, VOCAB + 1)
-            return jnp.where(known[..., None], sure, logits), schedule
+            return Logits(jnp.where(known[..., None], sure, tokens.logits)), schedule
 
         padded = batch._replace(padding_BL=padding)
         forward = generator.forward(params, batch.tokens_BL)
@@ -235,7 +236,7 @@ class Recompute(Recall):
             rank.at[jnp.arange(len(rank)), positions[:, q]].set(slots[:, 0])
             for q in range(positions.shape[1])
         ]
-        found = [self._run((tokens, r))[0] for r in asked]
+        found = [self._run((tokens, r))[0].logits for r in asked]
         return jnp.stack(
             [
                 jnp.take_along_axis(f, positions[:, q, None, None], 1)[:, 0]

@@ -271,7 +271,9 @@ def test_only_time_conditioning_lets_the_network_see_t(conditioned):
     params = init_params(config, VOCAB + 1, jax.random.key(0))
     params = jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
     z = jnp.full((2, 3, LENGTH), VOCAB)
-    early, late = (generator.reverse(params)(z, jnp.log(jnp.full(3, t)))[0] for t in (0.1, 0.9))
+    early, late = (
+        generator.reverse(params)(z, jnp.log(jnp.full(3, t)))[0].logits for t in (0.1, 0.9)
+    )
     assert bool(jnp.any(early != late)) == conditioned
 
 
@@ -310,8 +312,8 @@ def test_masked_diffusions_loss_is_the_familiar_weighted_cross_entropy():
         rows, generator.forward(params, rows.tokens_BL), generator.reverse(params)
     )
     mask = estimate.mask_KBL[0]
-    logits = generator.reverse(params)(jnp.where(mask, VOCAB, data["tokens"])[None], None)[0][0]
-    log_p = jax.nn.log_softmax(logits[..., :VOCAB])
+    tokens, _ = generator.reverse(params)(jnp.where(mask, VOCAB, data["tokens"])[None], None)
+    log_p = jax.nn.log_softmax(tokens.logits[0, ..., :VOCAB])
     nll = -jnp.take_along_axis(log_p, data["tokens"][..., None], -1)[..., 0]
     summed = jnp.sum(nll * mask, -1)
     t = eps + (1 - eps) * (uniform - share) / (1 - share)
