@@ -32,13 +32,28 @@ class Filter(NamedTuple):
 
 
 def _nucleus(logits_BLV: jax.Array, top_p: float) -> jax.Array:
-    sorted_BLV = jnp.flip(jnp.sort(logits_BLV, axis=-1), axis=-1)
-    share_BLV = jax.nn.softmax(sorted_BLV)
-    before_BLV = jnp.cumsum(share_BLV, axis=-1) - share_BLV
-    kept_BLV = jnp.where(before_BLV < top_p, sorted_BLV, jnp.inf)
-    kept_BLV = kept_BLV.at[..., 0].set(sorted_BLV[..., 0])  # the likeliest, whatever the rounding
-    least_BL1 = jnp.min(kept_BLV, axis=-1, keepdims=True)
-    return jnp.where(logits_BLV >= least_BL1, logits_BLV, -jnp.inf)
+    """Kept is what has less than `top_p` above it. The least such value is found by halving the
+    range of all that float32 has: 32 sums, where a sort of the vocabulary takes far more."""
+    share_BLV, rank_BLV = jax.nn.softmax(logits_BLV), _float_ranks(logits_BLV)
+
+    def halve(_: jax.Array, span: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low_BL1, high_BL1 = span
+        middle_BL1 = low_BL1 + (high_BL1 - low_BL1) // 2
+        above_BL1 = jnp.sum(share_BLV, axis=-1, where=rank_BLV > middle_BL1, keepdims=True)
+        kept_BL1 = above_BL1 < top_p
+        low_BL1 = jnp.where(kept_BL1, low_BL1, middle_BL1 + 1)
+        return low_BL1, jnp.where(kept_BL1, middle_BL1, high_BL1)
+
+    most_BL1 = jnp.max(rank_BLV, axis=-1, keepdims=True)
+    least_BL1, _ = jax.lax.fori_loop(0, 32, halve, (jnp.zeros_like(most_BL1), most_BL1))
+    return jnp.where(rank_BLV >= least_BL1, logits_BLV, -jnp.inf)
+
+
+def _float_ranks(a: jax.Array) -> jax.Array:
+    """Where each float32 stands among all float32, uint32."""
+    bits = jax.lax.bitcast_convert_type(a.astype(jnp.float32) + 0.0, jnp.uint32)  # -0 is 0
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits & sign, ~bits, bits | sign)
 
 
 def draw_tokens(keys_B: jax.Array, logits_BLV: jax.Array) -> jax.Array:

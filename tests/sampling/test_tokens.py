@@ -33,6 +33,22 @@ def test_a_filter_keeps_the_likeliest(filter, kept):
         np.testing.assert_allclose(row, expected / expected.sum(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+def test_a_nucleus_is_that_of_the_sorted_probabilities(top_p):
+    """With equal logits, infinite ones, and both zeros; sums in float64, none of them near."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 101)).astype(np.float32) * 4
+    logits[1] = np.round(logits[1])
+    logits[2, ::2] = -np.inf
+    logits[3, :50], logits[3, 50:] = 0.0, -0.0
+    found = np.asarray(Filter(top_p=top_p)(jnp.asarray(logits)[None]))[0]
+    for row, kept in zip(logits.astype(np.float64), found > -np.inf, strict=True):
+        share = np.exp(row - row.max())
+        above = np.array([share[row > one].sum() for one in row]) / share.sum()
+        assert np.abs(above - top_p).min() > 1e-7
+        np.testing.assert_array_equal(kept, (above < top_p) & (row > -np.inf))
+
+
 def test_draws_follow_the_probabilities():
     p = np.array([0.9, 0.09, 0.009, 0.001])
     keys = jax.random.split(jax.random.key(0), 100)
