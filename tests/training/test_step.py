@@ -15,7 +15,7 @@ from lomdm_jax.objectives import make_objective
 from lomdm_jax.objectives.leave_one_out import leaders
 from lomdm_jax.sampling import make_sampler
 from lomdm_jax.training import guard
-from lomdm_jax.training.optimizer import ema_decay, make_optimizer
+from lomdm_jax.training.optimizer import ema_decay, learning_rate, make_optimizer
 from lomdm_jax.training.state import init_state
 from lomdm_jax.training.step import make_train_step
 
@@ -333,6 +333,12 @@ def test_a_given_first_position_costs_nothing_but_is_counted(parts):
     assert metrics["tokens"] == counted.sum()
     share = counted[:, 1:].sum() / counted.sum()
     assert metrics["main"] == pytest.approx(share * np.log(VOCAB), rel=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "rates"), [(0, [0.01] * 3), (2, [0.0, 0.005, 0.01])])
+def test_the_rate_climbs_over_the_warm_up_or_is_there_at_once(steps, rates):
+    config = tiny(optimizer__warmup_steps=steps).optimizer
+    np.testing.assert_allclose([float(learning_rate(config)(n)) for n in range(3)], rates)
 
 
 def test_ema_warms_up_as_mdlms():
