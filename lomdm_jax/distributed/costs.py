@@ -21,8 +21,13 @@ def matmul_flops(traced: Any) -> int:
     loop as often as it runs (a `while` whose length nobody knows: once), of a `cond` the dearest
     branch, what is recomputed for the gradient (jax.checkpoint) again.
 
+    Of attention's kernels what they compute. Splash attention: 2 products of all pairs of tokens
+    forward, 7 for the gradient, as both of its kernels make the scores again and what follows from
+    them; cuDNN's: 2 and 5. With a causal mask less: splash attention skips whole blocks of hidden
+    pairs, of cuDNN's half is counted. Segments save nothing.
+
     Raises:
-      NotImplementedError: the program has products that are not dot_general.
+      NotImplementedError: the program has products that are neither dot_general nor those.
     """
     return _flops(traced.jaxpr)
 
@@ -35,7 +40,11 @@ def _flops_of(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot_flops(equation)
-    if name.startswith(("conv_general", "ragged_dot", "pallas_call")):
+    if name in _CUDNN:
+        return _cudnn_flops(equation)
+    if name == "pallas_call" and (params["name"] or "").startswith("splash_mha"):
+        return _splash_flops(equation)
+    if name.startswith(("conv_general", "ragged_dot", "pallas_call", "dot_product_attention")):
         raise NotImplementedError(f"costs.matmul_flops knows no {name}: count its products there.")
     inside = [_flops(jaxpr) for jaxpr in _jaxprs(params.values())]
     if name == "cond":
@@ -48,6 +57,28 @@ def _dot_flops(equation: Any) -> int:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, result = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+
+
+def _splash_flops(equation: Any) -> int:
+    """Each step of the grid, [..., blocks of keys or queries], makes the products of two blocks.
+    A causal mask, made of the numbers of the rows, skips what is above the blocks' diagonal."""
+    mapping = equation.params["grid_mapping"]
+    flops = math.prod(mapping.grid) * _flops(equation.params["jaxpr"])
+    given = [variable.aval.dtype for variable in equation.invars[mapping.num_index_operands :]]
+    blocks = mapping.grid[-1]
+    # Segments are two arrays of int32, for queries and for keys.
+    return flops * (blocks + 1) // (2 * blocks) if given.count("int32") % 2 else flops
+
+
+# Products of all pairs of tokens in the primitives of cuDNN's flash attention.
+_CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
+def _cudnn_flops(equation: Any) -> int:
+    """The queries are [..., L, H, D], the keys as many."""
+    shape = equation.invars[0].aval.shape
+    flops = _CUDNN[equation.primitive.name] * 2 * math.prod(shape) * shape[-3]
+    return flops // 2 if equation.params["mask_type"].name == "CAUSAL" else flops
 
 
 def _repeats(name: str, params: dict[str, Any]) -> int:
@@ -229,7 +260,8 @@ def bytes_accessed(program: Program) -> int:
 
     Of each instruction and each fusion, what it takes and what it gives; of an array that it takes
     a part of, or changes a part of in place, that part. What a TPU holds on the chip, and what
-    stands in the host's memory, does not count: the compiler marks it by a memory space, S(n).
+    stands in the host's memory, does not count: the compiler marks it by a memory space, S(n). What
+    a kernel of attention reads several times counts once.
     """
     return sum(_traffic(program, v) * v.times for v in visits(program) if not v.fused)
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 
+from lomdm_jax.models import attention
+
 # Rows of queries whose scores and mask are in memory at once, where a mask depends on the data.
 ROWS = 256
 Rows = TypeVar("Rows")
@@ -45,18 +47,24 @@ class Plain(NamedTuple):
     def attend(
         self, query: jax.Array, key: jax.Array, value: jax.Array, memory: Any = None
     ) -> tuple[jax.Array, Any]:
-        if self.segment is None:
-            mixed = jax.nn.dot_product_attention(query, key, value, is_causal=self.is_causal)
-            return mixed, memory
         rows = (self.positions[None], self.segment)
-        return _in_parts(query, key, value, rows, self._sees), memory
+        mixed = attention.attend(
+            query,
+            key,
+            value,
+            is_causal=self.is_causal,
+            segment=self.segment,
+            in_parts=lambda: _in_parts(query, key, value, rows, self._sees),
+        )
+        return mixed, memory
 
-    def _sees(self, rows: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """Whom the rows of these positions and segments see, bool [B, R, L]."""
-        assert self.segment is not None
-        position, segment = (a[..., None] for a in rows)
-        here = segment == self.segment[:, None]
-        return here & (position >= self.positions) if self.is_causal else here
+    def _sees(self, rows: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        """Whom the rows of these positions and segments see, bool [B or 1, R or 1, L or 1]."""
+        position, segment = rows
+        sees = jnp.ones((1, 1, 1), bool)
+        if self.segment is not None and segment is not None:
+            sees = segment[..., None] == self.segment[:, None]
+        return sees & (position[..., None] >= self.positions) if self.is_causal else sees
 
 
 def full(length: int, segment: jax.Array | None = None) -> Plain:
