@@ -85,18 +85,22 @@ def hidden(run: Any, limit: int, task: str) -> Iterator[dict[str, np.ndarray]]:
     tokenizer, length = run.prepared.tokenizer, run.config.data.length
     pieces = tokenizer.pieces(range(tokenizer.rows))
     first_V = np.array([not piece[:1].isalnum() for piece in pieces])
-    letter_V = np.array([piece[:1] == " " and piece[1:2].isalpha() for piece in pieces])
+    word_V = np.array([piece[:1] == " " and piece[1:2].isalpha() for piece in pieces])
+    blank_V = np.array([piece == " " for piece in pieces])
+    alpha_V = np.array([piece[:1].isalpha() for piece in pieces])
     batches = list(valid_batches(run, limit))
     after = [*(batch["tokens"][0, 0] for batch in batches[1:]), tokenizer.mask_id]
     for batch, behind in zip(batches, after, strict=True):
         tokens_BL = batch["tokens"]
         next_B = np.append(tokens_BL[1:, 0], behind)  # sequences follow one another in the text
-        first_BQ = np.column_stack([first_V[tokens_BL], first_V[next_B] & letter_V[next_B]])
+        next_BL = np.column_stack([tokens_BL[:, 1:], next_B])
+        first_BQ = np.column_stack([first_V[tokens_BL], first_V[next_B]])
+        letter_BL = word_V[tokens_BL] | (blank_V[tokens_BL] & alpha_V[next_BL])
         if task.isdigit():
             hidden_BL = np.tile(middle(length, int(task)), (len(tokens_BL), 1))
         else:
             place = length - 1 if task == "last word" else length // 2
-            pairs = zip(first_BQ, letter_V[tokens_BL], strict=True)
+            pairs = zip(first_BQ, letter_BL, strict=True)
             hidden_BL = np.stack([word(first, letter, place) for first, letter in pairs])
         yield batch | {"counted": batch["counted"] & hidden_BL}
 

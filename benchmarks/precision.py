@@ -13,6 +13,7 @@ Writes precision.md.
 import argparse
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ import numpy as np
 from orders_table import as_markdown
 from scipy import stats
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from lomdm_jax.models.readout import Logits
 from lomdm_jax.orders.schedule import Power
 from lomdm_jax.sampling.ancestral import Ancestral
