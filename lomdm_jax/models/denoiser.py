@@ -182,7 +182,7 @@ class Denoiser(nnx.Module):
 
     def _readout(self, hidden_BLD: jax.Array, cond_BD: jax.Array) -> Readout:
         tokens = self.backbone.output_layer(hidden_BLD, cond_BD)
-        return tokens._replace(bias=tokens.bias.at[self.mask_id].set(-jnp.inf))
+        return tokens._replace(bias=jnp.asarray(tokens.bias).at[self.mask_id].set(-jnp.inf))
 
     def _condition(self, tokens_BL: jax.Array, sigma_B: jax.Array | None) -> jax.Array:
         sigma_B = jnp.zeros(tokens_BL.shape[0]) if sigma_B is None else sigma_B
