@@ -53,7 +53,7 @@ class Same(NamedTuple):
     mask_id: int
 
     def reverse(self, params: Any) -> Callable[..., Any]:
-        def call(z_KBL: jax.Array, log_t_B: jax.Array) -> tuple[jax.Array, Power]:
+        def call(z_KBL: jax.Array, log_t_B: jax.Array) -> tuple[Logits, Power]:
             logits = jnp.broadcast_to(jnp.asarray(self.logits), (*z_KBL.shape, self.mask_id + 1))
             return Logits(logits), Power(jnp.zeros(z_KBL.shape))
 

@@ -29,7 +29,7 @@ from orders_table import as_markdown
 
 FLAT = "race@order_temperature=1000"
 GRIDS = ("ancestral@grid=even", "ancestral@grid=linear", "ancestral@grid=cosine")
-DONE = "generative.done"  # in the folder of a run
+DONE = "generative.done"  # in the folder of a run: what was asked for
 MASKING = "ancestral@grid=linear@remask=0.5"
 WAYS = {
     "mdm": ("race", *GRIDS, "confidence", "margin", "entropy", MASKING),
@@ -42,11 +42,9 @@ WAYS = {
 
 
 def judged(options: argparse.Namespace, order: str, reference: pathlib.Path) -> list[dict]:
-    """The rows of `--job generative` for a run that is trained, unless it has them."""
+    """The rows of `--job generative` for a run that is trained, anew unless it has these."""
     folder = sampling.long_workdir_of(options, order)
-    if (folder / DONE).exists():
-        return json.loads((folder / "generative.json").read_text())["rows"]
-    settings = {
+    settings: dict[str, Any] = {
         "generative.judge": sampling.long_workdir_of(options, sampling.JUDGE),
         "generative.samplers": ",".join(WAYS[order]),
         "generative.calls": options.calls,
@@ -54,13 +52,16 @@ def judged(options: argparse.Namespace, order: str, reference: pathlib.Path) -> 
         "generative.reference": reference,
         "sample.batch_size": options.samples,
     }
+    done, asked = folder / DONE, json.dumps(settings, default=str)
+    if done.exists() and done.read_text() == asked:
+        return json.loads((folder / "generative.json").read_text())["rows"]
     command = [sys.executable, "-m", "lomdm_jax.main", "--job=generative", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in settings.items()]
     environment = os.environ | ({"XLA_FLAGS": orders.ONE_CORE} if options.size == "cpu" else {})
     with (folder / "generative.log").open("w") as log:
         output = {"stdout": log, "stderr": subprocess.STDOUT}
         subprocess.run(command, check=True, cwd=orders.ROOT, env=environment, **output)
-    (folder / DONE).touch()
+    done.write_text(asked)
     return json.loads((folder / "generative.json").read_text())["rows"]
 
 

@@ -36,7 +36,7 @@ def planned(case: Case) -> Plan:
     config.data.length, config.data.vocab_size = case.length, case.vocab
     config.order.name = case.name
     config.objective.name = "order"
-    config.objective.mask_samples = 2 if case.name in ("genmd4", "lomdm", "lomdm-order") else 1
+    config.objective.mask_samples = copies(case)
     if case.name == "lomdm-ranked":
         config.objective.mask_samples = 4
     config.model.update({"width": case.width, "layers": case.layers, "heads": case.heads})

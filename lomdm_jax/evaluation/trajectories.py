@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lomdm_jax.generator import Generator, apart
+from lomdm_jax.models.readout import Logits
 from lomdm_jax.objectives.nelbo import Batch, Tokens, batch_of
 from lomdm_jax.orders.race import group_places, invert, next_log_shares, row_ranks
 from lomdm_jax.orders.schedule import Weights
@@ -215,11 +216,11 @@ def _choices(
 
 def _of_tokens(rows: Batch, tokens: Tokens) -> Facts:
     """What a pass over one draw says of the tokens; pads cost nothing."""
-    everywhere_1BL = jnp.ones_like(rows.tokens_BL[None], bool)
-    nll_BL, confidence_BL = (a[0] for a in tokens.costs(rows.tokens_BL[None], everywhere_1BL))
+    known = Logits(tokens.logits[0])  # which the entropy needs as well: so they are computed once
+    nll_BL, confidence_BL = known.costs(rows.tokens_BL, jnp.ones_like(rows.tokens_BL, bool))
     if rows.padding_BL is not None:
         nll_BL = jnp.where(rows.padding_BL, 0.0, nll_BL)
-    entropy_BL = entropy(jax.nn.log_softmax(tokens.logits[0]))
+    entropy_BL = entropy(jax.nn.log_softmax(known.logits))
     return {"nll_BL": nll_BL, "entropy_BL": entropy_BL, "confidence_BL": confidence_BL}
 
 
