@@ -4,7 +4,6 @@ Splash attention (TPU) and cuDNN's flash attention (NVIDIA) keep no score in mem
 gradient neither: arXiv 2205.14135.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from lomdm_jax.models.placement import BATCH, TENSOR
+from lomdm_jax.models.placement import BATCH, TENSOR, splits
 
 Backend = Literal["cudnn", "splash", "xla", "parts"]
 
@@ -43,7 +42,7 @@ def attend(
       segment: int32 [B, L]; nothing is seen of other segments. None for one segment.
       in_parts: attends as well, a few rows at a time: for what would take much memory otherwise.
     """
-    backend = backend_of(platform(), query.dtype, query.shape, segment is not None, _splits())
+    backend = backend_of(platform(), query.dtype, query.shape, segment is not None, splits())
     if backend == "parts":
         return in_parts()
     if backend == "splash":
@@ -95,14 +94,6 @@ def _has_flash() -> bool:
     if "cuda" not in device.client.platform_version:
         return False
     return int(device.compute_capability.partition(".")[0]) >= 8
-
-
-def _splits() -> tuple[int, int]:
-    """Over how many devices the mesh of `jax.set_mesh` splits rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return 1, 1
-    return math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape[TENSOR]
 
 
 def _splash(

@@ -20,8 +20,15 @@ def constrain(a: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(a, PartitionSpec(*axes))
 
 
+def splits() -> tuple[int, int]:
+    """Over how many devices the mesh of `jax.set_mesh` splits a batch, and over how many heads."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, 1
+    return math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape[TENSOR]
+
+
 def parts_of_batch(rows: int) -> int:
     """Over how many devices the mesh splits a batch of `rows`; 1 if it does not divide evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH)
+    parts, _ = splits()
     return parts if rows % parts == 0 else 1
