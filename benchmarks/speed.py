@@ -93,6 +93,10 @@ def work_here(side: str, case: Case) -> None:
     import time
 
     sys.path.insert(0, str(ROOT))
+    from lomdm_jax.distributed.freed import keep_freed_memory
+
+    if side == "jax":  # as `python -m lomdm_jax.main` does
+        keep_freed_memory()
     module = __import__(f"speed_{side}")
     work, answer = module.make(case), os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr

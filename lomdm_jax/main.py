@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from lomdm_jax.config import default_config, override, saved_config, validate
 from lomdm_jax.data.prepare import check, describe, prepare
 from lomdm_jax.data.presets import PRESETS, apply
+from lomdm_jax.distributed.freed import keep_freed_memory
 from lomdm_jax.errors import UserError
 
 HELP = """\
@@ -218,6 +219,7 @@ def _run(command: Command) -> int:
 
         compile(config, workdir, command.topology)
         return 0
+    keep_freed_memory()
     multihost.initialise(command.distributed)
     try:
         with contextlib.ExitStack() as stack:

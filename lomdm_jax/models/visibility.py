@@ -135,7 +135,6 @@ def _in_parts(
     Neither the scores nor the mask are ever whole in memory: a part is recomputed for its gradient.
     """
 
-    @jax.checkpoint
     def part(inputs: tuple[jax.Array, Rows]) -> jax.Array:
         some, rows = inputs
         mask = sees(rows)[:, None]
@@ -144,7 +143,7 @@ def _in_parts(
     length = query.shape[1]
     if length <= ROWS:
         return part((query, rows))
-    mixed = jax.lax.map(part, jax.tree.map(_cut, (query, rows)))
+    mixed = jax.lax.map(jax.checkpoint(part), jax.tree.map(_cut, (query, rows)))
     return mixed.swapaxes(0, 1).reshape(query.shape[0], -1, *query.shape[2:])[:, :length]
 
 

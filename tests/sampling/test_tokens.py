@@ -49,12 +49,23 @@ def test_a_nucleus_is_that_of_the_sorted_probabilities(top_p):
         np.testing.assert_array_equal(kept, (above < top_p) & (row > -np.inf))
 
 
-def test_draws_follow_the_probabilities():
-    p = np.array([0.9, 0.09, 0.009, 0.001])
+@pytest.mark.parametrize(
+    "p",
+    [
+        [1.0],
+        [0.9, 0.09, 0.009, 0.001],
+        [0.2, 0, 0.1, 0, 0, 0, 0, 0.3, 0, 0.15, 0.25],  # in groups of four, one cut short
+        [0, 0, 0, 0, 0.6, 0.4, 0, 0],  # a group, of three, of which nothing may be drawn
+    ],
+)
+def test_draws_follow_the_probabilities(p):
+    p = np.array(p)
     keys = jax.random.split(jax.random.key(0), 100)
     drawn = draw_tokens(keys, jnp.tile(jnp.log(p), (100, 4000, 1)))
-    found = np.bincount(np.asarray(drawn).ravel(), minlength=4)
-    assert stats.chisquare(found, 400_000 * p).pvalue > 1e-3
+    found = np.bincount(np.asarray(drawn).ravel(), minlength=len(p))
+    assert len(found) == len(p) and not found[p == 0].any()
+    if len(p) > 1:
+        assert stats.chisquare(found[p > 0], 400_000 * p[p > 0]).pvalue > 1e-3
 
 
 def test_a_tail_is_drawn_as_often_as_it_should():

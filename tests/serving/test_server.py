@@ -286,16 +286,19 @@ def test_ctrl_c_stops_at_once_whoever_generates_or_waits(serve):
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         url = process.stdout.readline().strip()
-        ends = []
+        ends, answered = [], [threading.Event(), threading.Event()]
 
-        def ask():
+        def ask(has_answer):
             with httpx.stream("POST", f"{url}/api/generate", json={"prompt": "wait"}) as response:
-                ends.append([*response.iter_lines()][-1])
+                lines = response.iter_lines()
+                first = next(lines)
+                has_answer.set()
+                ends.append([first, *lines][-1])
 
-        threads = [threading.Thread(target=ask) for _ in range(2)]
-        for thread in threads:
+        threads = [threading.Thread(target=ask, args=[answer]) for answer in answered]
+        for thread, answer in zip(threads, answered, strict=True):
             thread.start()
-            time.sleep(0.3)
+            assert answer.wait(30)
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         assert process.stdout.read().strip() == "stopped" and process.wait(10) == 0

@@ -1,0 +1,45 @@
+"""What is freed stays with the process: counted in pages that the system had to clear."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lomdm_jax.distributed import freed
+
+# Pages that each call of a program with more than 64 MiB of temporaries takes from the system.
+PAGES = """
+import resource
+from lomdm_jax.distributed.freed import keep_freed_memory
+
+if {keep}:
+    keep_freed_memory()
+import jax, jax.numpy as jnp
+
+a = jnp.ones(2**24)
+program = jax.jit(lambda a: jnp.sum(jnp.sort(a + 1) * jnp.cumsum(a)))
+for call in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    program(a).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have another allocator")
+def test_temporaries_of_a_step_are_not_taken_anew_from_the_system():
+    pages = [
+        int(subprocess.check_output([sys.executable, "-c", PAGES.format(keep=keep)]))
+        for keep in (True, False)
+    ]
+    assert pages[0] < 1000 and pages[1] > 10_000
+
+
+@pytest.mark.parametrize("installed", ["a plugin", "libtpu", "chosen"])
+def test_other_devices_are_left_alone(installed, monkeypatch):
+    monkeypatch.setattr(freed.ctypes, "CDLL", None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu" if installed == "chosen" else "")
+    plugins = ["cuda"] if installed == "a plugin" else []
+    monkeypatch.setattr(freed.importlib.metadata, "entry_points", lambda group: plugins)
+    found = True if installed == "libtpu" else None
+    monkeypatch.setattr(freed.importlib.util, "find_spec", lambda name: found)
+    freed.keep_freed_memory()
