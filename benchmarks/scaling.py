@@ -29,7 +29,7 @@ class Case(NamedTuple):
 SMALL, LARGE = "configs/openwebtext.py", "configs/openwebtext_1b.py"
 CASES = {
     "lomdm-v5e-16": Case(SMALL, "v5e:4x4"),
-    "lomdm-v5p-16": Case(SMALL, "v5p:2x2x4", ("train.micro_batches=2",)),
+    "lomdm-v5p-16": Case(SMALL, "v5p:2x2x4", ("train.micro_batches=1",)),
     "lomdm-v6e-256": Case(SMALL, "v6e:16x16", ("train.micro_batches=1",)),
     "1b-v5p-64": Case(LARGE, "v5p:4x4x4"),
     "too-large-v5e-16": Case(SMALL, "v5e:4x4", ("train.micro_batches=1",)),

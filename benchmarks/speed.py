@@ -18,9 +18,10 @@ attention: of one layer, with its gradients, full and causal, and behind a block
 
 MFU is 6 N + 12 layers x width x length FLOPs per token (N: all parameters but the token table and
 what conditions the network), a pass over the sequence and its gradient, over the rate of one large
-matrix product measured in the same run; "counted" is what ours really multiplies, which leaves out
-what is not masked. On a CPU memory is the most that the process has held, with the libraries
-(several hundred MB each). Writes speed-SIZE.md and .csv into --out.
+matrix product measured in the same run; "counted" has the products of ours instead, without the
+logits of what is not masked and without what is computed again for the gradient. On a CPU memory is
+the most that the process has held, with the libraries (several hundred MB each). Writes
+speed-SIZE.md and .csv into --out.
 """
 
 import argparse

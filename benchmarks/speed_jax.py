@@ -68,7 +68,8 @@ def training(case: Case) -> Work:
             held[0], metrics = step(held[0], batch, key)
         jax.block_until_ready(metrics)
 
-    return work(run, case.batch * case.length, seconds, matmul_flops(traced))
+    flops = matmul_flops(traced, recomputed=False)
+    return work(run, case.batch * case.length, seconds, flops)
 
 
 def sampling(case: Case) -> Work:

@@ -486,7 +486,7 @@ def test_compile_says_what_a_step_takes_without_data(arguments, tmp_path, capsys
     printed = capsys.readouterr().out
     assert "8 x cpu (data=8 fsdp=1 tensor=1)" in printed and "of unknown" in printed
     report = json_of(tmp_path, "compile.json")
-    assert report["tokens"] == 16 * 16 and report["flops"] == report["model_flops"] > 0
+    assert report["tokens"] == 16 * 16 and report["flops"] > report["model_flops"] > 0
     assert {each["kind"] for each in report["collectives"]} >= {"all-reduce"}
     assert not (tmp_path / "checkpoints").exists() and not pathlib.Path("none").exists()
     assert "nothing.txt" in refused(command, capsys)

@@ -203,8 +203,8 @@ def make_report(
       state: its TrainState, arrays or shapes.
       shardings: of the state, see `partition.shardings`.
       tokens: in the global batch.
-      flops: `costs.matmul_flops` of the step as it runs.
-      model_flops: the same of the step with model.remat = "none".
+      flops: `costs.matmul_flops` of the step.
+      model_flops: the same without what is recomputed.
       lowering, compiling: seconds that it took.
     """
     program = costs.parse(compiled.as_text() or "")
@@ -227,16 +227,13 @@ def make_report(
     )
 
 
-def compiled_report(
-    step: jax.stages.Traced, state: Any, config: ConfigDict, mesh: Mesh, model_flops: int
-) -> Report:
+def compiled_report(step: jax.stages.Traced, state: Any, config: ConfigDict, mesh: Mesh) -> Report:
     """What the training step takes, by compiling it.
 
     Args:
       step: traced, for `mesh`.
       state: the TrainState that it takes.
       config: said to be changed where it does not fit.
-      model_flops: see `make_report`.
 
     Raises:
       UserError: it does not fit.
@@ -253,7 +250,7 @@ def compiled_report(
         shardings=split,
         tokens=config.train.batch_size * config.data.length,
         flops=costs.matmul_flops(step),
-        model_flops=model_flops,
+        model_flops=costs.matmul_flops(step, recomputed=False),
         lowering=lowering,
         compiling=time.perf_counter() - started - lowering,
     )

@@ -9,44 +9,53 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from typing import Any, NamedTuple
+
+from lomdm_jax.models.readout import RECOMPUTED
 
 # --- FLOPs, from the jaxpr ---
 
 
-def matmul_flops(traced: Any) -> int:
+def matmul_flops(traced: Any, *, recomputed: bool = True) -> int:
     """Floating-point operations of the matrix products of a program, over all devices.
 
     traced: its jax.stages.Traced, or its jaxpr. A product of [M, K] and [K, N] counts 2 M K N; a
     loop as often as it runs (a `while` whose length nobody knows: once), of a `cond` the dearest
-    branch, what is recomputed for the gradient (jax.checkpoint) again.
+    branch.
 
     Of attention's kernels what they compute. Splash attention: 2 products of all pairs of tokens
     forward, 7 for the gradient, as both of its kernels make the scores again and what follows from
     them; cuDNN's: 2 and 5. With a causal mask less: splash attention skips whole blocks of hidden
     pairs, of cuDNN's half is counted. Segments save nothing.
 
+    Args:
+      recomputed: whether what is computed again for the gradient counts again: by jax.checkpoint,
+        by attention's kernels (which need 4 products), and in the scope RECOMPUTED.
+
     Raises:
       NotImplementedError: the program has products that are neither dot_general nor those.
     """
-    return _flops(traced.jaxpr)
+    return _flops(traced.jaxpr, recomputed)
 
 
-def _flops(jaxpr: Any) -> int:
-    return sum(_flops_of(equation) for equation in jaxpr.eqns)
+def _flops(jaxpr: Any, recomputed: bool) -> int:
+    return sum(_flops_of(equation, recomputed) for equation in jaxpr.eqns)
 
 
-def _flops_of(equation: Any) -> int:
+def _flops_of(equation: Any, recomputed: bool) -> int:
     name, params = equation.primitive.name, equation.params
+    if not recomputed and RECOMPUTED in str(equation.source_info.name_stack):
+        return 0
     if name == "dot_general":
         return _dot_flops(equation)
     if name in _CUDNN:
-        return _cudnn_flops(equation)
+        return _cudnn_flops(equation, recomputed)
     if name == "pallas_call" and (params["name"] or "").startswith("splash_mha"):
-        return _splash_flops(equation)
+        return _splash_flops(equation, recomputed)
     if name.startswith(("conv_general", "ragged_dot", "pallas_call", "dot_product_attention")):
         raise NotImplementedError(f"costs.matmul_flops knows no {name}: count its products there.")
-    inside = [_flops(jaxpr) for jaxpr in _jaxprs(params.values())]
+    inside = [_flops(jaxpr, recomputed) for jaxpr in _jaxprs(params.values())]
     if name == "cond":
         return max(inside)
     return sum(inside) * _repeats(name, params)
@@ -59,25 +68,33 @@ def _dot_flops(equation: Any) -> int:
     return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
 
 
-def _splash_flops(equation: Any) -> int:
+# The products of splash attention's kernels that are made for the first time.
+_SPLASH_NEW = {"dkv": Fraction(3, 4), "dq": Fraction(1, 3)}
+
+
+def _splash_flops(equation: Any, recomputed: bool) -> int:
     """Each step of the grid, [..., blocks of keys or queries], makes the products of two blocks.
     A causal mask, made of the numbers of the rows, skips what is above the blocks' diagonal."""
     mapping = equation.params["grid_mapping"]
-    flops = math.prod(mapping.grid) * _flops(equation.params["jaxpr"])
+    flops = math.prod(mapping.grid) * _flops(equation.params["jaxpr"], recomputed)
+    if not recomputed:
+        kernel = equation.params["name"].removeprefix("splash_mha_").partition("_")[0]
+        flops = int(flops * _SPLASH_NEW.get(kernel, 1))
     given = [variable.aval.dtype for variable in equation.invars[mapping.num_index_operands :]]
     blocks = mapping.grid[-1]
     # Segments are two arrays of int32, for queries and for keys.
     return flops * (blocks + 1) // (2 * blocks) if given.count("int32") % 2 else flops
 
 
-# Products of all pairs of tokens in the primitives of cuDNN's flash attention.
-_CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+# Products of all pairs of tokens in the primitives of cuDNN's flash attention, and those of them
+# that are made for the first time.
+_CUDNN = {"dot_product_attention_fwd_wrapper": (2, 2), "dot_product_attention_bwd_wrapper": (5, 4)}
 
 
-def _cudnn_flops(equation: Any) -> int:
+def _cudnn_flops(equation: Any, recomputed: bool) -> int:
     """The queries are [..., L, H, D], the keys as many."""
-    shape = equation.invars[0].aval.shape
-    flops = _CUDNN[equation.primitive.name] * 2 * math.prod(shape) * shape[-3]
+    shape, (all_products, new) = equation.invars[0].aval.shape, _CUDNN[equation.primitive.name]
+    flops = (all_products if recomputed else new) * 2 * math.prod(shape) * shape[-3]
     return flops // 2 if equation.params["mask_type"].name == "CAUSAL" else flops
 
 

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax.distributed import compile_ahead, partition
 from lomdm_jax.run import plan
-from lomdm_jax.training.compiled import model_flops, traced_step
+from lomdm_jax.training.compiled import traced_step
 from lomdm_jax.training.initial import target
 from lomdm_jax.training.optimizer import make_optimizer
 
@@ -30,8 +30,7 @@ def compile(config: ConfigDict, workdir: pathlib.Path, slice_name: str) -> compi
     print(partition.report(planned.mesh, state), flush=True)
     with jax.set_mesh(planned.mesh):
         step = traced_step(planned, planned.generator, optimizer, state)
-        flops = model_flops(planned, optimizer, state, step)
-        report = compile_ahead.compiled_report(step, state, config, planned.mesh, flops)
+        report = compile_ahead.compiled_report(step, state, config, planned.mesh)
     print(compile_ahead.text(report, config))
     workdir.mkdir(parents=True, exist_ok=True)
     file = workdir / f"compile{slice_name and '-'}{slice_name.replace(':', '-')}.json"

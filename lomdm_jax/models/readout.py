@@ -18,6 +18,8 @@ from lomdm_jax.models.placement import BATCH, TENSOR, constrain, parts_of_batch
 # Logits that a device has in memory at once, 256 MiB of float32; and into how many parts positions
 # are cut, so that those that are not asked for are left out, of how many positions at least.
 LOGITS, PARTS, LEAST = 2**26, 16, 256
+# The scope of what is computed again for a gradient, by the name that jax.checkpoint gives it.
+RECOMPUTED = "rematted_computation"
 
 
 class Logits(NamedTuple):
@@ -219,7 +221,8 @@ def _backward(size: int, parts: int, expected: int, kept: Any, given: Any) -> tu
     def part(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_hidden, d_kernel, d_bias = sums
         inputs = arranged.hidden[index]
-        logits = _part_logits(inputs, kernel, bias)
+        with jax.named_scope(RECOMPUTED):
+            logits = _part_logits(inputs, kernel, bias)
         excess = jnp.exp(logits - normaliser[index][..., None])
         is_token = jnp.arange(logits.shape[-1]) == arranged.tokens[index][..., None]
         excess = (excess - is_token) * cost[index][..., None]

@@ -10,7 +10,7 @@ from optax import GradientTransformation as Optimizer
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed import partition
 from lomdm_jax.distributed.costs import matmul_flops
-from lomdm_jax.generator import Generator, make_generator
+from lomdm_jax.generator import Generator
 from lomdm_jax.run import Plan, Run, objective_for
 from lomdm_jax.training.state import TrainState
 from lomdm_jax.training.step import make_train_step
@@ -19,11 +19,11 @@ Step = Callable[..., tuple[TrainState, Any]]
 
 
 def steps(run: Run, optimizer: Optimizer, state: TrainState) -> tuple[Step, int]:
-    """The step as the loop calls it, up to `train.random_steps` that of random order; and its
-    `model_flops`, those of the learned order."""
+    """The step as the loop calls it, up to `train.random_steps` that of random order; and the
+    FLOPs of its products without what is recomputed, those of the learned order."""
     until, first = run.config.train.random_steps, int(state.step)
     traced = traced_step(run, run.generator, optimizer, state)
-    flops, learned = model_flops(run, optimizer, state, traced), compiled(traced)
+    flops, learned = matmul_flops(traced, recomputed=False), compiled(traced)
     if first >= until:
         return lambda number, *inputs: learned(*inputs), flops
     random = compiled(traced_step(run, run.generator.at_random(), optimizer, state))
@@ -36,22 +36,6 @@ def compiled(traced: jax.stages.Traced) -> jax.stages.Compiled:
     step = traced.lower().compile()
     print(f"compiled the training step in {time.perf_counter() - started:.1f} s", flush=True)
     return step
-
-
-def model_flops(
-    run: Run | Plan, optimizer: Optimizer, state: TrainState, traced: jax.stages.Traced
-) -> int:
-    """Floating-point operations of a step's matrix products over all devices, without what
-    `model.remat` computes again; see `costs.matmul_flops`.
-
-    traced: the step as it is.
-    """
-    if run.config.model.remat != "none":
-        config = run.config.copy_and_resolve_references()
-        config.model.remat = "none"
-        generator = make_generator(config, run.rows, run.generator.mask_id)
-        traced = traced_step(run, generator, optimizer, state)
-    return matmul_flops(traced)
 
 
 def traced_step(

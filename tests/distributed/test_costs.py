@@ -23,8 +23,8 @@ LEFT, RIGHT = jax.ShapeDtypeStruct((M, K), jnp.float32), jax.ShapeDtypeStruct((K
 ONE = 2 * M * K * N
 
 
-def flops(function, *shapes):
-    return costs.matmul_flops(jax.make_jaxpr(function)(*shapes))
+def flops(function, *shapes, recomputed=True):
+    return costs.matmul_flops(jax.make_jaxpr(function)(*shapes), recomputed=recomputed)
 
 
 def repeated(a, b):
@@ -62,12 +62,18 @@ def on_every_device(a, b):
         (either, 3),
         (gradients(jnp.matmul), 3),  # the product, and one for each factor
         (gradients(repeated), 3 * 11),
-        (gradients(jax.checkpoint(lambda a, b: jnp.sin(a @ b))), 4),  # computed again
         (on_every_device, 4),
     ],
 )
 def test_products_are_counted_as_often_as_they_are_made(function, products):
     assert flops(function, LEFT, RIGHT) == products * ONE
+    assert flops(function, LEFT, RIGHT, recomputed=False) == products * ONE
+
+
+def test_products_that_are_made_again():
+    again = gradients(jax.checkpoint(lambda a, b: jnp.sin(a @ b)))
+    assert flops(again, LEFT, RIGHT) == 4 * ONE
+    assert flops(again, LEFT, RIGHT, recomputed=False) == 3 * ONE
 
 
 def test_batches_of_products():
@@ -137,8 +143,12 @@ def test_a_step_agrees_with_the_compiler_where_that_counts_all(one_device):
 def test_micro_batches_and_recomputation(one_device):
     whole = flops(*flat(step_and_shapes()))
     assert flops(*flat(step_and_shapes(train__micro_batches=4))) == whole
-    again = flops(*flat(step_and_shapes(model__remat="full")))
-    assert 1.2 < again / whole < 1.4  # a forward pass more than the three of training
+    first = flops(*flat(step_and_shapes()), recomputed=False)
+    for remat, least in (("full", 1.2), ("dots", 1.01)):
+        step, shapes = step_and_shapes(model__remat=remat)
+        # With all, a forward pass more than the three of training.
+        assert least < flops(step, *shapes) / whole < 1.4
+        assert flops(step, *shapes, recomputed=False) == first < whole
 
 
 def flat(pair):
@@ -306,7 +316,7 @@ def test_collectives_that_the_partitioner_makes():
 # --- Attention ---
 
 
-def attention_flops(kind, packed=False, grad=True, length=2 * attention.BLOCK):
+def attention_flops(kind, packed=False, grad=True, length=2 * attention.BLOCK, recomputed=True):
     """Of 4 rows of 2 heads of size 8, in products of all pairs of tokens; to two digits, as what is
     summed for each token alone is not meant."""
     shape = jax.ShapeDtypeStruct((4, length, 2, 8), jnp.bfloat16)
@@ -318,7 +328,8 @@ def attention_flops(kind, packed=False, grad=True, length=2 * attention.BLOCK):
 
     function = jax.value_and_grad(total, argnums=(0, 1, 2)) if grad else total
     given = (shape, shape, shape, segment if packed else None)
-    return round(flops(function, *given) / (2 * 4 * 2 * 8 * length**2), 2)
+    found = flops(function, *given, recomputed=recomputed)
+    return round(found / (2 * 4 * 2 * 8 * length**2), 2)
 
 
 @pytest.mark.parametrize("devices", [None, (1, 1, 1), (2, 2, 2)])
@@ -330,6 +341,8 @@ def test_splash_attention(monkeypatch, packed, devices):
     with jax.set_mesh(mesh) if devices else jax.sharding.use_abstract_mesh(mesh):
         assert attention_flops(full, packed, grad=False) == 2
         assert attention_flops(full, packed) == 2 + 4 + 3
+        assert attention_flops(full, packed, recomputed=False) == 6
+        assert attention_flops(causal, packed, recomputed=False) == 4.5
         assert attention_flops(causal, packed) == 6.75  # 3 / 4 of it
         assert attention_flops(causal, packed, length=4 * attention.BLOCK) == 5.63  # 10 / 16 of it
 
@@ -339,11 +352,13 @@ def test_attention_of_cudnn(monkeypatch):
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     assert attention_flops(full, grad=False) == 2 and attention_flops(full) == 7
     assert attention_flops(causal, grad=False) == 1 and attention_flops(causal) == 3.5
+    assert attention_flops(full, recomputed=False) == 6
 
 
 def test_attention_without_a_kernel():
     assert attention_flops(full, length=128) == attention_flops(causal, length=128) == 6
     assert attention_flops(full, length=2048) == 7  # in parts: the scores again for the gradient
+    assert attention_flops(full, length=2048, recomputed=False) == 6
 
 
 def test_other_kernels_are_refused():
