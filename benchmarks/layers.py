@@ -70,6 +70,17 @@ def program(case: Case) -> tuple[Any, Any]:
 
 def measured(case: Case, mesh: jax.sharding.Mesh, calls: int) -> list[str]:
     """A row of the table."""
+    head = [str(case.sizes.layers), case.way, case.sizes.remat]
+    try:
+        return head + _measured(case, mesh, calls)
+    except jax.errors.JaxRuntimeError as error:
+        amounts = compile_ahead.lack_of_memory(error)
+        if amounts is None:
+            raise
+        return [*head, "", "", f"does not fit: {amounts}", ""]
+
+
+def _measured(case: Case, mesh: jax.sharding.Mesh, calls: int) -> list[str]:
     gradient, inputs = program(case)
     copies = meshes.replicated(mesh)
     with jax.set_mesh(mesh):
@@ -80,9 +91,8 @@ def measured(case: Case, mesh: jax.sharding.Mesh, calls: int) -> list[str]:
         run = f"{1e3 * _seconds(compiled, jax.jit(inputs)(), calls):,.1f}" if calls else ""
     memory: Any = compiled.memory_analysis()
     moved = costs.bytes_accessed(costs.parse(compiled.as_text() or ""))
-    sizes = case.sizes
-    head = [str(sizes.layers), case.way, sizes.remat, f"{seconds:.1f}", run]
-    return [*head, f"{memory.temp_size_in_bytes / 2**20:,.0f}", f"{moved / 1e9:.2f}"]
+    held = f"{memory.temp_size_in_bytes / 2**20:,.0f}"
+    return [f"{seconds:.1f}", run, held, f"{moved / 1e9:.2f}"]
 
 
 def _seconds(compiled: Any, given: Any, calls: int) -> float:
@@ -126,9 +136,8 @@ def main() -> None:
     devices = compile_ahead.topology(options.topology) if options.topology else jax.devices()[:1]
     mesh, device = meshes.make_mesh(1, devices=devices), devices[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
-    rows = [
-        "layers | blocks as | remat | compiled in, s | ms | MiB of temporaries | GB".split(" | ")
-    ]
+    columns = "layers | blocks as | remat | compiled in, s | ms | MiB of temporaries | GB"
+    rows = [columns.split(" | ")]
     for case in cases(options, dtype):
         rows.append(measured(case, mesh, 0 if options.topology else options.calls))
         print(*rows[-1], sep="  ", flush=True)

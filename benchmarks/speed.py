@@ -12,7 +12,8 @@ medians and, for ratios, the least and the most. Compilation is not in them but 
 
 training: a step of `--orders`. "lomdm" and the like are trained by ours only: the peer has no
 gradient for an order. Their tokens are those of all masked sequences, two of each text.
-sampling: `mdm` in the numbers of ancestral steps of --steps.
+sampling: `mdm` in the numbers of ancestral steps of --steps. A step that reveals nothing needs no
+    call of the network: the table has the calls that a row needed and those made for all rows.
 cross-entropy: of a batch of hidden states, half of them masked, with its gradients.
 attention: of one layer, with its gradients, full and causal, and behind a block of ranks (ours).
 
@@ -78,7 +79,8 @@ class Case(NamedTuple):
 class Work(NamedTuple):
     """What a side does for a case: `run` makes so many calls and waits for the last one. tokens:
     of a call; seconds: that the first call took; flops: of a call's products, 0 if not counted;
-    chip, versions: for the report; memory: the most bytes held so far."""
+    chip, versions: for the report; memory: the most bytes held so far; calls: of the network, for
+    the samples of a call, if any."""
 
     run: Any
     tokens: int
@@ -87,6 +89,7 @@ class Work(NamedTuple):
     chip: str
     versions: str
     memory: Any
+    calls: str = ""
 
 
 def work_here(side: str, case: Case) -> None:
@@ -102,7 +105,7 @@ def work_here(side: str, case: Case) -> None:
     work, answer = module.make(case), os.fdopen(os.dup(1), "w")
     sys.stdout = sys.stderr
     facts = {"tokens": work.tokens, "seconds": work.seconds, "flops": work.flops}
-    facts |= {"chip": work.chip, "versions": work.versions}
+    facts |= {"chip": work.chip, "versions": work.versions, "calls": work.calls}
     print(json.dumps(facts), file=answer, flush=True)
     for line in sys.stdin:
         calls, started, budget = 0, time.perf_counter(), float(line)
@@ -152,7 +155,9 @@ def timed(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     speeds = [[side.speed(options.seconds) for side in sides] for _ in range(options.rounds)]
     for side in sides:
         side.end()
-    row: dict[str, Any] = {"case": case.label} | {k: sides[0].facts[k] for k in ("chip", "flops")}
+    row: dict[str, Any] = {"case": case.label} | {
+        key: sides[0].facts[key] for key in ("chip", "flops", "calls")
+    }
     for column, (name, side) in enumerate(zip(names, sides, strict=True)):
         row[f"{name}_speed"] = statistics.median(speed[column] for speed in speeds)
         row[f"{name}_memory"], row[f"{name}_compile"] = side.memory, side.facts["seconds"]
@@ -193,7 +198,7 @@ def cells(row: dict[str, Any], case: Case, rate: float) -> list[str]:
     ]
     ratio = "{:.2f} ({:.2f} to {:.2f})".format(*ratios) if ratios else ""
     both = {name: row.get(f"{name}_speed") for name in ("jax", "torch")}
-    counted = row["flops"] * row["jax_speed"] / row["tokens"] / rate if row["flops"] else 0.0
+    share = row["flops"] * row["jax_speed"] / row["tokens"] / rate
     mfu = [
         f"{case.flops_per_token * speed / rate:.0%}" if speed and case.what == "training" else ""
         for speed in both.values()
@@ -204,14 +209,15 @@ def cells(row: dict[str, Any], case: Case, rate: float) -> list[str]:
         for key, unit, form in (("memory", 2**30, ".2f"), ("compile", 1, ".0f"))
     ]
     head = [row["case"], *speeds, ratio]
-    return [*head, *mfu, f"{counted:.0%}" if counted else "", *per_side[0], *per_side[1]]
+    counted = f"{share:.0%}" if share else ""
+    return [*head, *mfu, counted, *per_side[0], *per_side[1], row["calls"]]
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]], made: list[Case]) -> None:
     product, *rest = rows
     rate = product["jax_speed"]  # its "tokens" are FLOPs
     heads = "case | ours, tokens/s | peer | ratio | MFU | of the peer | counted | GiB | of the peer"
-    heads += " | first call, s | of the peer"
+    heads += " | first call, s | of the peer | calls of the network"
     pairs = zip(rest, made[1:], strict=True)
     table = [heads.split(" | "), *(cells(row, case, rate) for row, case in pairs)]
     versions = {

@@ -405,12 +405,20 @@ def does_not_fit(
 
     state: bytes of parameters, EMA and optimizer state that one device holds.
     """
+    said = lack_of_memory(error)
+    if said is None:
+        return None
+    return UserError(_advice(config, devices, state, f"The training step does not fit: {said}."))
+
+
+def lack_of_memory(error: Exception) -> str | None:
+    """How much of how much a program would take, from the compiler's error, or its first line; None
+    if it is not of a lack of memory."""
     message = str(error)
     if "RESOURCE_EXHAUSTED" not in message:
         return None
     amounts = next(filter(None, (re.search(each, message) for each in _AMOUNTS)), None)
-    said = f"{amounts[1]} of {amounts[2]}" if amounts else _first_line(error)
-    return UserError(_advice(config, devices, state, f"The training step does not fit: {said}."))
+    return f"{amounts[1]} of {amounts[2]}" if amounts else _first_line(error)
 
 
 def _advice(config: ConfigDict, devices: int, state: int, problem: str) -> str:
