@@ -1,8 +1,9 @@
-"""What training takes on TPU slices, from the compiler of their programs: no TPU is needed.
+"""What training takes on TPU slices and GPUs, from the compilers of their programs: none is needed.
 
 python benchmarks/scaling.py [--only NAME,...] [--folder runs/scaling]
 
-Needs libtpu (pip install 'jax[tpu]') and a few minutes per program on two cores. Each is compiled
+Needs their compilers (pip install 'jax[tpu]' 'jax[cuda12]') and a few minutes per program on two
+cores; those for GPUs have not tuned their products, which they do on the GPU. Each is compiled
 in a process of its own and leaves a file in the folder; the tables in benchmarks/scaling.md hold
 all that are there.
 """
@@ -31,6 +32,9 @@ CASES = {
     "lomdm-v5e-16": Case(SMALL, "v5e:4x4"),
     "lomdm-v5p-16": Case(SMALL, "v5p:2x2x4", ("train.micro_batches=1",)),
     "lomdm-v6e-256": Case(SMALL, "v6e:16x16", ("train.micro_batches=1",)),
+    "lomdm-h200-8": Case(SMALL, "h200:8", ("train.micro_batches=1",)),
+    "lomdm-a100-8": Case(SMALL, "a100:8", ("train.micro_batches=2",)),
+    "mdm-h200-8": Case(f"{SMALL}:mdm", "h200:8", ("train.micro_batches=1",)),
     "1b-v5p-64": Case(LARGE, "v5p:4x4x4"),
     "too-large-v5e-16": Case(SMALL, "v5e:4x4", ("train.micro_batches=1",)),
 }
@@ -104,7 +108,7 @@ def table(cases: dict[str, Case], folder: pathlib.Path) -> list[str]:
 def write(folder: pathlib.Path) -> None:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
     lines = [
-        "# What training takes on TPU slices",
+        "# What training takes on TPU slices and GPUs",
         "",
         f"`python benchmarks/scaling.py`, {versions}; docs/scaling.md explains.",
         "",

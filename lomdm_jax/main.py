@@ -41,7 +41,8 @@ jobs
   export     a checkpoint as files for PyTorch and the package transformers
   import     a run's folder, --workdir, from such files, or from an MDLM's or a BD3-LM's checkpoint
   compile    whether the training step fits, and how fast it should be, on the devices that are
-             here or on a TPU slice that is not: --topology v5e:4x4. Needs no data
+             here, or on a TPU slice or GPUs that are not: --topology v5e:4x4, h200:8.
+             Needs no data
 
 --resume       auto: train from the newest checkpoint in the workdir, if any; never: refuse one that
                has any; STEP: go back to that one

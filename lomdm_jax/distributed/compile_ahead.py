@@ -1,10 +1,11 @@
 """Whether a training step fits on a machine, and how fast it could be there, before paying for it.
 
-The compiler of TPU programs needs no TPU: `topology` names a slice, a step compiled for a mesh of
-its devices is the one that would run there, and `make_report` reads off it what it takes. So it
-does from programs for GPUs and CPUs that are present.
+The compilers of TPU and GPU programs need neither: `topology` names a slice or a machine, a step
+compiled for a mesh of its devices is the one that would run there (but for what is tuned on the GPU
+itself), and `make_report` reads off it what it takes. So it does from programs for what is present.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -20,10 +21,11 @@ from ml_collections import ConfigDict
 from lomdm_jax.config import validate
 from lomdm_jax.distributed import costs, partition
 from lomdm_jax.distributed.chips import GIB, Chip, chip_of
+from lomdm_jax.distributed.gpus import GPUS, target
 from lomdm_jax.errors import UserError
 from lomdm_jax.models.transformer import REMAT
 
-EXAMPLES = "v4:2x2x1, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1"
+EXAMPLES = "v4:2x2x1, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h200:1, a100:8"
 
 
 def quiet_environment() -> None:
@@ -40,11 +42,30 @@ def quiet_environment() -> None:
 
 
 def topology(name: str) -> list[jax.Device]:
-    """The devices of a TPU slice that need not be present, as "v5e:16x16", to compile for.
+    """The devices of a TPU slice or of a machine with GPUs that need not be present, as "v5e:16x16"
+    or "h200:8", to compile for. JAX itself should run on the CPU.
 
     Raises:
-      UserError: libtpu is not installed, or it knows no such slice.
+      UserError: their compiler is not installed, or it knows no such slice; there is no such GPU.
     """
+    kind, _, count = name.partition(":")
+    return _gpus(name, kind, count) if kind in GPUS else _tpus(name)
+
+
+def _gpus(name: str, kind: str, count: str) -> list[jax.Device]:
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if not any("cuda" in plugin.name for plugin in plugins):
+        raise UserError(
+            f"Compiling for {name!r} needs the compiler of GPU programs, which is not installed: "
+            "pip install 'jax[cuda12]'. It runs on any x86-64 Linux machine."
+        )
+    if not re.fullmatch(r"[1-9]\d*", count):
+        raise UserError(f"{name!r} has no number of GPUs: use {kind}:8 for eight in one machine.")
+    described = {"target_config": target(GPUS[kind]), "topology": f"1x1x{count}"}
+    return list(topologies.get_topology_desc(name, "cuda", **described).devices)
+
+
+def _tpus(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"Compiling for {name!r} needs the compiler of TPU programs, which is not installed: "
@@ -69,8 +90,8 @@ def topology(name: str) -> list[jax.Device]:
 
 def _no_slice(name: str, reason: str) -> UserError:
     return UserError(
-        f"{name!r} is no TPU slice that can be compiled for ({reason}): use GENERATION:SHAPE, such "
-        f"as {EXAMPLES}; slices above one chip are usually made of 2x2 chips."
+        f"{name!r} is nothing that can be compiled for ({reason}): use GENERATION:SHAPE, such as "
+        f"{EXAMPLES}; TPU slices above one chip are usually made of 2x2 chips."
     )
 
 

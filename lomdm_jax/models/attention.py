@@ -89,8 +89,12 @@ def platform() -> str:
 
 
 def _has_flash() -> bool:
-    """Whether the GPUs are NVIDIA's, of compute capability 8.0 (Ampere) or later."""
-    device = jax.local_devices(backend="gpu")[0]
+    """Whether the GPUs are NVIDIA's, of compute capability 8.0 (Ampere) or later; as those are that
+    are compiled for without being here (`distributed.gpus`)."""
+    try:
+        device = jax.local_devices(backend="gpu")[0]
+    except RuntimeError:
+        return True
     if "cuda" not in device.client.platform_version:
         return False
     return int(device.compute_capability.partition(".")[0]) >= 8

@@ -12,6 +12,7 @@ from lomdm_jax.distributed import compile_ahead as ahead
 from lomdm_jax.distributed import costs, partition
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed.chips import CHIPS, GIB, chip_of
+from lomdm_jax.distributed.gpus import GPUS, target
 from lomdm_jax.errors import UserError
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.run import Plan
@@ -198,6 +199,45 @@ def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
         ahead.topology("v5e:2x2")
+
+
+def test_gpus_without_their_compiler(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    with pytest.raises(UserError, match=r"pip install 'jax\[cuda12\]'"):
+        ahead.topology("h200:1")
+
+
+@pytest.mark.parametrize("name", ["h200", "h100:0", "a100:2x4", "h200:x"])
+def test_no_such_machine(monkeypatch, name):
+    plugin = type("Plugin", (), {"name": "xla_cuda12"})
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [plugin])
+    with pytest.raises(UserError, match=f"{name}.* has no number of GPUs: use {name[:4]}:8"):
+        ahead.topology(name)
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_gpus_are_described_by_what_they_can_do(name):
+    said, chip = target(GPUS[name]), CHIPS[GPUS[name].kind]
+    assert f"device_memory_size: {chip.memory}\n" in said
+    assert f"memory_bandwidth: {int(chip.bandwidth)}\n" in said
+    assert said.count("{") == said.count("}") and f'name: "{GPUS[name].kind}"' in said
+
+
+@pytest.fixture(scope="module")
+def h200():
+    reason = "compiling for GPUs needs their compiler: pip install 'jax[cuda12]'"
+    pytest.importorskip("jax_plugins.xla_cuda12", reason=reason)
+    return ahead.topology("h200:4")
+
+
+def test_a_step_on_gpus(h200):
+    config = tiny(model__dtype="bfloat16", model__width=32, mesh__tensor=2)
+    report = report_of(config, h200)
+    assert report.fits and report.chip.name == "H200 SXM" and report.memory.total > 0
+    assert {each.kind for each in report.collectives} >= {"all-reduce"}
+    assert report.bytes_accessed > 3 * report.memory.params
+    step, placed = lowered(config, h200)
+    assert "cudnn$fmha" in ahead.compile_to_fit(step, config, **placed).as_text()
 
 
 def test_a_step_on_tpu(v5e):
