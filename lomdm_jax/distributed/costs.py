@@ -305,7 +305,10 @@ def _fusion_traffic(fused: Computation, taken: list[Instruction], given: int) ->
     users: dict[str, list[Instruction]] = defaultdict(list)
     for instruction in fused.values():
         for name in instruction.operands[:1] if _is_partial(instruction) else instruction.operands:
-            users[name].append(instruction)
+            while fused[name].opcode == "bitcast":  # another name for the same array
+                name = fused[name].operands[0]
+            if instruction.opcode != "bitcast":
+                users[name].append(instruction)
     parameters = {i.inside: i.name for i in fused.values() if i.opcode == "parameter"}
     total = given
     for index, operand in enumerate(taken):

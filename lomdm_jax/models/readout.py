@@ -15,9 +15,11 @@ import jax.numpy as jnp
 
 from lomdm_jax.models.placement import BATCH, TENSOR, constrain, parts_of_batch
 
-# Logits that a device has in memory at once, 256 MiB of float32; and into how many parts positions
+# Logits that a device has in memory at once, 512 MiB of float32; and into how many parts positions
 # are cut, so that those that are not asked for are left out, of how many positions at least.
-LOGITS, PARTS, LEAST = 2**26, 16, 256
+LOGITS, PARTS, LEAST = 2**27, 16, 256
+# GPUs multiply matrices of such multiples in half precision: others would be copied for each part.
+ALIGNED = 16
 # The scope of what is computed again for a gradient, by the name that jax.checkpoint gives it.
 RECOMPUTED = "rematted_computation"
 
@@ -188,10 +190,10 @@ def _forward(
     where: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
     arranged = _arranged(size, parts, hidden, tokens, where)
-    kernel = _everywhere(kernel, hidden.dtype)
+    kernel, aligned = _everywhere(kernel, hidden.dtype), _aligned(bias)
 
     def part(index: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        logits = _part_logits(arranged.hidden[index], kernel, bias)
+        logits = _part_logits(arranged.hidden[index], kernel, aligned)
         facts = _facts(logits, arranged.tokens[index])
         return tuple(a.at[index].set(new) for a, new in zip(found, facts, strict=True))
 
@@ -204,8 +206,15 @@ def _forward(
 
 
 def _everywhere(kernel: jax.Array, dtype: Any) -> jax.Array:
-    """Gathered over the devices that split a batch once, and not for every part."""
-    return constrain(kernel.astype(dtype), None, TENSOR)
+    """Gathered over the devices that split a batch once, and not for every part; with columns of
+    zeros up to a multiple of ALIGNED."""
+    columns = ((0, 0), (0, -kernel.shape[1] % ALIGNED))
+    return constrain(jnp.pad(kernel.astype(dtype), columns), None, TENSOR)
+
+
+def _aligned(bias: jax.Array) -> jax.Array:
+    """-inf for the columns that `_everywhere` adds."""
+    return jnp.pad(bias, (0, -len(bias) % ALIGNED), constant_values=-jnp.inf)
 
 
 def _part_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -216,13 +225,13 @@ def _part_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.A
 def _backward(size: int, parts: int, expected: int, kept: Any, given: Any) -> tuple[Any, ...]:
     """Sums in float32; each device's own over all parts before they are added up."""
     arranged, kernel, bias, normaliser = kept
-    cost = _cut(_moved(given[0], arranged.order), size)
+    cost, aligned = _cut(_moved(given[0], arranged.order), size), _aligned(bias)
 
     def part(index: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         d_hidden, d_kernel, d_bias = sums
         inputs = arranged.hidden[index]
         with jax.named_scope(RECOMPUTED):
-            logits = _part_logits(inputs, kernel, bias)
+            logits = _part_logits(inputs, kernel, aligned)
         excess = jnp.exp(logits - normaliser[index][..., None])
         is_token = jnp.arange(logits.shape[-1]) == arranged.tokens[index][..., None]
         excess = (excess - is_token) * cost[index][..., None]
@@ -235,10 +244,11 @@ def _backward(size: int, parts: int, expected: int, kept: Any, given: Any) -> tu
 
     groups = arranged.hidden.shape[1]
     batch = BATCH if groups > 1 else None
-    own = (jnp.zeros((groups, *a.shape), jnp.float32) for a in (kernel, bias))
+    own = (jnp.zeros((groups, *a.shape), jnp.float32) for a in (kernel, aligned))
     start = (jnp.zeros_like(arranged.hidden), *own)
     d_hidden, d_kernel, d_bias = _each(arranged.needed, parts, expected, part, start)
-    return _back(d_hidden, arranged.place), jnp.sum(d_kernel, 0), jnp.sum(d_bias, 0), None, None
+    d_kernel, d_bias = (jnp.sum(a[..., : len(bias)], axis=0) for a in (d_kernel, d_bias))
+    return _back(d_hidden, arranged.place), d_kernel, d_bias, None, None
 
 
 _costs.defvjp(_forward, _backward)

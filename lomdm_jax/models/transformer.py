@@ -193,8 +193,8 @@ class Block(nnx.Module):
         kernel = self.attn_qkv.kernel[...].astype(self.attn_qkv.dtype)
         kernel = kernel.reshape(len(kernel), 3, self.heads, -1)
         kernel = constrain(kernel, None, None, TENSOR, None)
-        qkv = jnp.einsum("bld,dnhe->nblhe", x_BLD.astype(kernel.dtype), kernel)
-        return [constrain(a_BLHD, BATCH, None, TENSOR, None) for a_BLHD in qkv]
+        qkv = jnp.einsum("bld,dnhe->blnhe", x_BLD.astype(kernel.dtype), kernel)
+        return [constrain(qkv[:, :, n], BATCH, None, TENSOR, None) for n in range(3)]
 
 
 class Embedding(nnx.Module):

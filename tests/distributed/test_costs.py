@@ -131,13 +131,14 @@ def one_device():
 
 def test_a_step_agrees_with_the_compiler_where_that_counts_all(one_device):
     """It also counts what is no product, an operation for each element: softmax, norms, random
-    bits, the optimizer. At width 64 and length 32 these are 5 %; bytes agree to 0.2 %."""
+    bits, the optimizer. At width 64 and length 32 these are 5 %. Of an array that a fusion takes a
+    few elements of the compiler counts all bytes, if it goes by another name in between."""
     step, shapes = step_and_shapes()
     counted = flops(step, *shapes)
     compiled = jax.jit(step).lower(*shapes).compile()
     assert counted < compiled.cost_analysis()["flops"] < 1.1 * counted
     read = costs.bytes_accessed(costs.parse(compiled.as_text()))
-    assert read == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.01)
+    assert 0.97 < read / compiled.cost_analysis()["bytes accessed"] < 1.002
 
 
 def test_micro_batches_and_recomputation(one_device):
