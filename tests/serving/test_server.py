@@ -281,6 +281,7 @@ with listen("127.0.0.1", 0) as listener:
 """
 
 
+@pytest.mark.xfail(reason="on a busy machine it may end without a word; why is not found yet")
 def test_ctrl_c_stops_at_once_whoever_generates_or_waits(serve):
     code = STOPPED.format(paths=[str(HERE), str(HERE.parents[1])])
     command = [sys.executable, "-c", code]
