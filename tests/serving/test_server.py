@@ -263,7 +263,8 @@ def test_a_model_that_fails_is_told_and_the_server_goes_on(fake, url, capsys):
 
 
 STOPPED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in the background
 sys.path[:0] = {paths!r}
 from conftest import Fake
 from lomdm_jax.config import default_config
@@ -281,7 +282,6 @@ with listen("127.0.0.1", 0) as listener:
 """
 
 
-@pytest.mark.xfail(reason="on a busy machine it may end without a word; why is not found yet")
 def test_ctrl_c_stops_at_once_whoever_generates_or_waits(serve):
     code = STOPPED.format(paths=[str(HERE), str(HERE.parents[1])])
     command = [sys.executable, "-c", code]
