@@ -132,8 +132,8 @@ def _in_parts(
 ) -> jax.Array:
     """Attention [B, L, H, D] with the mask that `sees` makes of its rows, ROWS of them at a time.
 
-    Of several parts neither the scores nor the mask are ever whole in memory: each is recomputed for
-    its gradient.
+    Of several parts neither the scores nor the mask are ever whole in memory: each is recomputed
+    for its gradient.
     """
 
     def part(inputs: tuple[jax.Array, Rows]) -> jax.Array:
