@@ -23,7 +23,7 @@ from flax import nnx
 from orders_table import as_markdown
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from lomdm_jax.distributed import compile_ahead, costs
+from lomdm_jax.distributed import costs, remedies, topologies
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.models.transformer import REMAT, Block, Sizes
 from lomdm_jax.models.visibility import full
@@ -74,7 +74,7 @@ def measured(case: Case, mesh: jax.sharding.Mesh, calls: int) -> list[str]:
     try:
         return head + _measured(case, mesh, calls)
     except jax.errors.JaxRuntimeError as error:
-        amounts = compile_ahead.lack_of_memory(error)
+        amounts = remedies.lack_of_memory(error)
         if amounts is None:
             raise
         return [*head, "", "", f"does not fit: {amounts}", ""]
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent)
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
-    devices = compile_ahead.topology(options.topology) if options.topology else jax.devices()[:1]
+    devices = topologies.topology(options.topology) if options.topology else jax.devices()[:1]
     mesh, device = meshes.make_mesh(1, devices=devices), devices[0]
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
     columns = "layers | blocks as | remat | compiled in, s | ms | MiB of temporaries | GB"

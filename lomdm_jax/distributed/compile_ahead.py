@@ -1,105 +1,20 @@
 """Whether a training step fits on a machine, and how fast it could be there, before paying for it.
 
-The compilers of TPU and GPU programs need neither: `topology` names a slice or a machine, a step
-compiled for a mesh of its devices is the one that would run there (but for what is tuned on the GPU
-itself), and `make_report` reads off it what it takes. So it does from programs for what is present.
+A step compiled for a mesh of devices that are not here (`topologies`) is the one that would run
+there (but for what is tuned on the GPU itself), and `make_report` reads off it what it takes. So it
+does from programs for what is present.
 """
 
-import importlib.metadata
-import importlib.util
 import math
-import os
-import re
 import time
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lomdm_jax.config import validate
-from lomdm_jax.distributed import costs, partition
+from lomdm_jax.distributed import costs, partition, remedies
 from lomdm_jax.distributed.chips import GIB, Chip, chip_of
-from lomdm_jax.distributed.gpus import GPUS, target
-from lomdm_jax.errors import UserError
-from lomdm_jax.models.transformer import REMAT
-
-EXAMPLES = "v4:2x2x1, v5e:2x2, v5e:16x16, v5p:4x4x4, v6e:4x8, tpu7x:2x2x1, h200:1, a100:8"
-
-
-def quiet_environment() -> None:
-    """Tell libtpu, which reads this as it is loaded, that there is no TPU here to ask about.
-
-    JAX itself should run on the CPU then: JAX_PLATFORMS=cpu, set before it starts.
-    """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or it waits for a metadata server
-    # Or only one process at a time may load it, as if all were to use the same TPU.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Or it warns that it knows neither. Programs are made for the topology, whatever these say.
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
-
-def topology(name: str) -> list[jax.Device]:
-    """The devices of a TPU slice or of a machine with GPUs that need not be present, as "v5e:16x16"
-    or "h200:8", to compile for. JAX itself should run on the CPU.
-
-    Raises:
-      UserError: their compiler is not installed, or it knows no such slice; there is no such GPU.
-    """
-    kind, _, count = name.partition(":")
-    return _gpus(name, kind, count) if kind in GPUS else _tpus(name)
-
-
-def _gpus(name: str, kind: str, count: str) -> list[jax.Device]:
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if not any("cuda" in plugin.name for plugin in plugins):
-        raise UserError(
-            f"Compiling for {name!r} needs the compiler of GPU programs, which is not installed: "
-            "pip install 'jax[cuda12]'. It runs on any x86-64 Linux machine."
-        )
-    if not re.fullmatch(r"[1-9]\d*", count):
-        raise UserError(f"{name!r} has no number of GPUs: use {kind}:8 for eight in one machine.")
-    described = {"target_config": target(GPUS[kind]), "topology": f"1x1x{count}"}
-    return list(topologies.get_topology_desc(name, "cuda", **described).devices)
-
-
-def _tpus(name: str) -> list[jax.Device]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            f"Compiling for {name!r} needs the compiler of TPU programs, which is not installed: "
-            "pip install 'jax[tpu]'. It runs on any x86-64 Linux machine."
-        )
-    quiet_environment()
-    # A size of 0 ends the process in libtpu 0.0.50.
-    if not re.fullmatch(r"\w+:[1-9]\d*(x[1-9]\d*)+", name):
-        raise _no_slice(name, "it has another form")
-    options: dict[str, Any] = {}
-    if name.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # one device per chip, as v4 machines have it
-    if re.fullmatch(r"\w+:1(x1)+", name):
-        options["chips_per_host_bounds"] = [1, 1, 1]  # or hosts of 2x2 chips are assumed
-    try:
-        return list(topologies.get_topology_desc(name, "tpu", **options).devices)
-    except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
-            raise  # nothing is wrong with the name
-        raise _no_slice(name, _first_line(error)) from error
-
-
-def _no_slice(name: str, reason: str) -> UserError:
-    return UserError(
-        f"{name!r} is nothing that can be compiled for ({reason}): use GENERATION:SHAPE, such as "
-        f"{EXAMPLES}; TPU slices above one chip are usually made of 2x2 chips."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
-
-
-# --- The report ---
 
 
 class Memory(NamedTuple):
@@ -263,7 +178,7 @@ def compiled_report(step: jax.stages.Traced, state: Any, config: ConfigDict, mes
     started = time.perf_counter()
     lowered = step.lower()
     lowering = time.perf_counter() - started
-    compiled = compile_to_fit(lowered, config, mesh, state, split)
+    compiled = remedies.compile_to_fit(lowered, config, mesh, state, split)
     return make_report(
         compiled,
         mesh=mesh,
@@ -279,7 +194,9 @@ def compiled_report(step: jax.stages.Traced, state: Any, config: ConfigDict, mes
 
 def _memory(compiled: jax.stages.Compiled, state: Any, shardings: Any) -> Memory:
     stats: Any = compiled.memory_analysis()
-    params, ema, optimizer = state_held(state, shardings)
+    params = partition.held(state.params, shardings.params)
+    ema = partition.held(state.ema, shardings.ema)
+    optimizer = partition.held(state.opt_state, shardings.opt_state)
     return Memory(
         params,
         ema,
@@ -289,25 +206,6 @@ def _memory(compiled: jax.stages.Compiled, state: Any, shardings: Any) -> Memory
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
     )
-
-
-def state_held(state: Any, shardings: Any) -> tuple[int, int, int]:
-    """Bytes of the parameters, the EMA and the optimizer state that one device holds.
-
-    state, shardings: see `make_report`.
-    """
-    return (
-        _held(state.params, shardings.params),
-        _held(state.ema, shardings.ema),
-        _held(state.opt_state, shardings.opt_state),
-    )
-
-
-def _held(tree: Any, shardings: Any) -> int:
-    def size(a: Any, sharding: Any) -> int:
-        return math.prod(sharding.shard_shape(a.shape)) * a.dtype.itemsize
-
-    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
 
 
 # --- How it is told ---
@@ -321,7 +219,8 @@ def text(report: Report, config: ConfigDict) -> str:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]
     if report.fits is False:
-        lines.append(_advice(config, report.devices, report.memory.state, "It does not fit."))
+        held = report.memory.state
+        lines.append(remedies.advice(config, report.devices, held, "It does not fit."))
     return "\n".join([title, *lines])
 
 
@@ -387,115 +286,3 @@ def to_dict(report: Report) -> dict[str, Any]:
     values["collectives"] = [collective._asdict() for collective in report.collectives]
     values["seconds"] = report.seconds._asdict() if report.seconds else None
     return values
-
-
-# --- When it does not fit ---
-
-
-def compile_to_fit(
-    lowered: jax.stages.Lowered, config: ConfigDict, mesh: Mesh, state: Any, shardings: Any
-) -> jax.stages.Compiled:
-    """lowered.compile(), with a lack of memory told in terms of the config. Others than TPU
-    compilers do not look at how much there is: there `Report.fits` tells.
-
-    state, shardings: as for `make_report`.
-
-    Raises:
-      UserError: it does not fit.
-    """
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        held = sum(state_held(state, shardings))
-        explained = does_not_fit(error, config, mesh.size, held)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-_AMOUNTS = (  # used and available, as the compilers say it
-    r"\(([\d.]+[KMGT]?)\) exceeds available \w+ \(([\d.]+[KMGT]?)\)",
-    r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)",
-)
-
-
-def does_not_fit(
-    error: Exception, config: ConfigDict, devices: int, state: int
-) -> UserError | None:
-    """A compiler's error as one that says what to change; None if it is not of a lack of memory.
-
-    state: bytes of parameters, EMA and optimizer state that one device holds.
-    """
-    said = lack_of_memory(error)
-    if said is None:
-        return None
-    return UserError(_advice(config, devices, state, f"The training step does not fit: {said}."))
-
-
-def lack_of_memory(error: Exception) -> str | None:
-    """How much of how much a program would take, from the compiler's error, or its first line; None
-    if it is not of a lack of memory."""
-    message = str(error)
-    if "RESOURCE_EXHAUSTED" not in message:
-        return None
-    amounts = next(filter(None, (re.search(each, message) for each in _AMOUNTS)), None)
-    return f"{amounts[1]} of {amounts[2]}" if amounts else _first_line(error)
-
-
-def _advice(config: ConfigDict, devices: int, state: int, problem: str) -> str:
-    remedies = "\n  ".join(_remedies(config, devices, state))
-    return f"{problem} In order of what they cost, these help:\n  {remedies}"
-
-
-def _remedies(config: ConfigDict, devices: int, state: int) -> list[str]:
-    """Changes of the config that save memory and are not made yet, cheapest first."""
-    parts = _more_micro_batches(config, devices // config.mesh.tensor)
-    found = []
-    if parts:
-        others = f" (or {', '.join(map(str, parts[1:4]))})" if parts[1:] else ""
-        found.append(f"--config.train.micro_batches={parts[0]}{others}: fewer sequences at a time")
-    levels = tuple(REMAT)
-    for level in levels[levels.index(config.model.remat) + 1 :]:
-        found.append(f"--config.model.remat={level}: fewer activations kept, more recomputed")
-    if remedy := _more_fsdp(config, devices // config.mesh.tensor, state):
-        found.append(remedy)
-    if config.model.dtype == "float32":
-        found.append("--config.model.dtype=bfloat16: activations of half the size")
-    return [*found, f"more devices than {devices}"]
-
-
-def _more_micro_batches(config: ConfigDict, splits: int) -> list[int]:
-    """Larger values of train.micro_batches that the batch and `splits` parts of a mesh allow."""
-    total, now = config.train.batch_size, config.train.micro_batches
-    return [
-        parts
-        for parts in range(now + 1, total // splits + 1)
-        if total % (parts * splits) == 0 and _valid(config, parts)
-    ]
-
-
-def _valid(config: ConfigDict, micro_batches: int) -> bool:
-    changed = config.copy_and_resolve_references()
-    changed.train.micro_batches = micro_batches
-    try:
-        validate(changed)
-    except UserError:
-        return False
-    return True
-
-
-# Beyond this the exchanges of parameters cost more than the memory that is left to save.
-MOST_FSDP = 16
-
-
-def _more_fsdp(config: ConfigDict, splits: int, state: int) -> str | None:
-    """The advice to share the state over more devices, None if it is over as many as is good."""
-    now = config.mesh.fsdp
-    shares = [n for n in range(now + 1, min(splits, MOST_FSDP) + 1) if splits % n == 0]
-    if not shares:
-        return None
-    saved = state * (1 - now / shares[-1]) / GIB
-    return (
-        f"--config.mesh.fsdp={shares[-1]} --config.mesh.data=-1: parameters, EMA and optimizer "
-        f"state shared, {saved:.2f} GiB less on each device"
-    )

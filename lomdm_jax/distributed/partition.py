@@ -61,20 +61,28 @@ def table(mesh: Mesh, tree: Any) -> list[Placed]:
         sharding = _sharding(mesh, _name(path), a.shape)
         none = Placed(pattern, sharding.spec, 0, 0, 0)
         old = found.get((pattern, sharding.spec), none)
-        held = math.prod(sharding.shard_shape(a.shape)) * a.dtype.itemsize
         size = math.prod(a.shape) * a.dtype.itemsize
         found[pattern, sharding.spec] = old._replace(
-            arrays=old.arrays + 1, size=old.size + size, held=old.held + held
+            arrays=old.arrays + 1, size=old.size + size, held=old.held + held(a, sharding)
         )
     return sorted(found.values(), key=lambda placed: -placed.size)
+
+
+def held(tree: Any, shardings: Any) -> int:
+    """Bytes of arrays, or of what their shapes say, that one device holds."""
+
+    def size(a: Any, sharding: Any) -> int:
+        return math.prod(sharding.shard_shape(a.shape)) * a.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
 
 
 def report(mesh: Mesh, tree: Any) -> str:
     """`table` as lines for people."""
     rows = table(mesh, tree)
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    total, held = sum(row.size for row in rows), sum(row.held for row in rows)
-    lines = [f"mesh: {axes}; state: {total / 2**20:,.1f} MiB, {held / 2**20:,.1f} per device"]
+    total, kept = sum(row.size for row in rows), sum(row.held for row in rows)
+    lines = [f"mesh: {axes}; state: {total / 2**20:,.1f} MiB, {kept / 2**20:,.1f} per device"]
     lines += (
         []
         if mesh.size == 1

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
-from lomdm_jax.distributed import compile_ahead, partition
+from lomdm_jax.distributed import compile_ahead, partition, topologies
 from lomdm_jax.run import plan
 from lomdm_jax.training.compiled import traced_step
 from lomdm_jax.training.initial import target
@@ -24,7 +24,7 @@ def compile(config: ConfigDict, workdir: pathlib.Path, slice_name: str) -> compi
     if slice_name:
         jax.config.update("jax_platforms", "cpu")  # for all but the compiler
         jax.config.update("jax_enable_compilation_cache", False)  # no chip, no reading it back
-    planned = plan(config, compile_ahead.topology(slice_name) if slice_name else None)
+    planned = plan(config, topologies.topology(slice_name) if slice_name else None)
     optimizer = make_optimizer(config.optimizer)
     state = target(planned, optimizer)
     print(partition.report(planned.mesh, state), flush=True)

@@ -9,7 +9,7 @@ import pytest
 
 from lomdm_jax.config import default_config
 from lomdm_jax.distributed import compile_ahead as ahead
-from lomdm_jax.distributed import costs, partition
+from lomdm_jax.distributed import costs, partition, remedies, topologies
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.distributed.chips import CHIPS, GIB, chip_of
 from lomdm_jax.distributed.gpus import GPUS, target
@@ -53,7 +53,7 @@ def lowered(config, devices):
 
 def report_of(config, devices, compiled=None):
     step, placed = lowered(config, devices)
-    compiled = compiled or ahead.compile_to_fit(step, config, **placed)
+    compiled = compiled or remedies.compile_to_fit(step, config, **placed)
     work = dict(flops=4_000_000, model_flops=3_000_000, lowering=1.0, compiling=2.0)
     return ahead.make_report(compiled, tokens=16 * LENGTH, **placed, **work)
 
@@ -124,11 +124,11 @@ OF_ALL = (
 @pytest.mark.parametrize("message", [OF_TEMPORARIES, OF_ALL])
 def test_remedies_in_order_of_cost(message):
     config = tiny(train__batch_size=512)
-    error = ahead.does_not_fit(jax.errors.JaxRuntimeError(message), config, 32, 8 * GIB)
+    error = remedies.does_not_fit(jax.errors.JaxRuntimeError(message), config, 32, 8 * GIB)
     assert isinstance(error, UserError)
-    first, *remedies = str(error).splitlines()
+    first, *advice = str(error).splitlines()
     assert "40.64G of 15.75G" in first
-    assert [remedy.split(":")[0].strip() for remedy in remedies] == [
+    assert [line.split(":")[0].strip() for line in advice] == [
         "--config.train.micro_batches=2 (or 4, 8, 16)",
         "--config.model.remat=dots",
         "--config.model.remat=full",
@@ -136,13 +136,13 @@ def test_remedies_in_order_of_cost(message):
         "--config.model.dtype=bfloat16",
         "more devices than 32",
     ]
-    assert "7.50 GiB less" in remedies[3]
+    assert "7.50 GiB less" in advice[3]
 
 
 def test_remedies_that_are_taken_are_not_named():
     taken = dict(model__remat="dots", model__dtype="bfloat16", mesh__fsdp=4, mesh__tensor=2)
     config = tiny(train__batch_size=12, train__micro_batches=3, **taken)
-    error = str(ahead.does_not_fit(jax.errors.JaxRuntimeError(OF_ALL), config, 8, GIB))
+    error = str(remedies.does_not_fit(jax.errors.JaxRuntimeError(OF_ALL), config, 8, GIB))
     assert [line.split(":")[0].strip() for line in error.splitlines()[1:]] == [
         "--config.model.remat=full",
         "more devices than 8",
@@ -155,11 +155,13 @@ def test_micro_batches_that_a_group_of_orders_allows():
     config.update(dict(eval=dict(estimator="order")))
     config.objective.mask_samples, config.objective.order_share = 2, 1.0
     config.train.batch_size = 12
-    assert ahead._more_micro_batches(config, 1) == [2, 3, 6]  # 4 and 12 would cut groups
+    assert remedies._more_micro_batches(config, 1) == [2, 3, 6]  # 4 and 12 would cut groups
 
 
 def test_other_errors_pass():
-    assert ahead.does_not_fit(jax.errors.JaxRuntimeError("INTERNAL: bug"), tiny(), 8, GIB) is None
+    assert (
+        remedies.does_not_fit(jax.errors.JaxRuntimeError("INTERNAL: bug"), tiny(), 8, GIB) is None
+    )
 
 
 # --- TPU, compiled for but not present ---
@@ -168,7 +170,7 @@ def test_other_errors_pass():
 @pytest.fixture(scope="module")
 def v5e():
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'jax[tpu]'")
-    return ahead.topology("v5e:2x2")
+    return topologies.topology("v5e:2x2")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +185,7 @@ def v5e():
     ],
 )
 def test_slices(v5e, name, devices, kind):
-    found = ahead.topology(name)
+    found = topologies.topology(name)
     assert len(found) == devices
     assert chip_of(found[0]).name == kind
     assert meshes.make_mesh(-1, devices=found).size == devices
@@ -192,19 +194,19 @@ def test_slices(v5e, name, devices, kind):
 @pytest.mark.parametrize("name", ["v5e", "nonsense:2x2", "v5e:3x5", "v5e:0x2", ""])
 def test_no_such_slice(v5e, name):
     with pytest.raises(UserError, match="v5e:16x16"):
-        ahead.topology(name)
+        topologies.topology(name)
 
 
 def test_without_the_compiler(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]'"):
-        ahead.topology("v5e:2x2")
+        topologies.topology("v5e:2x2")
 
 
 def test_gpus_without_their_compiler(monkeypatch):
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
     with pytest.raises(UserError, match=r"pip install 'jax\[cuda12\]'"):
-        ahead.topology("h200:1")
+        topologies.topology("h200:1")
 
 
 @pytest.mark.parametrize("name", ["h200", "h100:0", "a100:2x4", "h200:x"])
@@ -212,7 +214,7 @@ def test_no_such_machine(monkeypatch, name):
     plugin = type("Plugin", (), {"name": "xla_cuda12"})
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [plugin])
     with pytest.raises(UserError, match=f"{name}.* has no number of GPUs: use {name[:4]}:8"):
-        ahead.topology(name)
+        topologies.topology(name)
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -227,7 +229,7 @@ def test_gpus_are_described_by_what_they_can_do(name):
 def h200():
     reason = "compiling for GPUs needs their compiler: pip install 'jax[cuda12]'"
     pytest.importorskip("jax_plugins.xla_cuda12", reason=reason)
-    return ahead.topology("h200:4")
+    return topologies.topology("h200:4")
 
 
 def test_a_step_on_gpus(h200):
@@ -237,7 +239,7 @@ def test_a_step_on_gpus(h200):
     assert {each.kind for each in report.collectives} >= {"all-reduce"}
     assert report.bytes_accessed > 3 * report.memory.params
     step, placed = lowered(config, h200)
-    assert "cudnn$fmha" in ahead.compile_to_fit(step, config, **placed).as_text()
+    assert "cudnn$fmha" in remedies.compile_to_fit(step, config, **placed).as_text()
 
 
 def test_a_step_on_tpu(v5e):
@@ -266,4 +268,4 @@ def test_a_step_that_does_not_fit(v5e):
     config = tiny(train__batch_size=2**20)
     step, placed = lowered(config, v5e)
     with pytest.raises(UserError, match=r"of 15\.75G[^$]*micro_batches=2 \(or 4, 8, 16\)"):
-        ahead.compile_to_fit(step, config, **placed)
+        remedies.compile_to_fit(step, config, **placed)

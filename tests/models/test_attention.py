@@ -13,8 +13,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from lomdm_jax.distributed import compile_ahead as ahead
-from lomdm_jax.distributed import costs
+from lomdm_jax.distributed import costs, topologies
 from lomdm_jax.distributed import mesh as meshes
 from lomdm_jax.models import attention
 from lomdm_jax.models.visibility import causal, full
@@ -243,7 +242,7 @@ def test_gpus_are_given_flash_attention(cudnn, kind, mask):
 @pytest.fixture(scope="module")
 def v5e():
     pytest.importorskip("libtpu", reason="compiling for TPU needs libtpu: pip install 'jax[tpu]'")
-    return ahead.topology("v5e:2x2")
+    return topologies.topology("v5e:2x2")
 
 
 @pytest.mark.parametrize("kind", [full, causal])
