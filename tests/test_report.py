@@ -19,6 +19,7 @@ from lomdm_jax.evaluation.trajectories import Trajectory
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.jobs import report as job
 from lomdm_jax.trained import Trained
+from tests.networks import noisy
 
 LENGTH = 8
 TEXTS = ["The end.", "of 12", "a b\tc d"]
@@ -45,9 +46,7 @@ def model_of(name, folder, texts="", length=LENGTH, ignore_first=False):
     generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
     mesh = meshes.make_mesh(data=1, fsdp=1, tensor=1)
     shapes = jax.eval_shape(lambda: init_params(config, tokenizer.rows, jax.random.key(0)))
-    rng = np.random.default_rng(0)  # nothing to compile
-    params = jax.tree.map(lambda a: 0.2 * rng.standard_normal(a.shape).astype(a.dtype), shapes)
-    return Trained(config, folder, tokenizer, generator, mesh, params)
+    return Trained(config, folder, tokenizer, generator, mesh, noisy(shapes, 0.2))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from lomdm_jax.jobs.score import score
 from lomdm_jax.trained import Trained
 from tests import oracle
 from tests.evaluation.test_trajectories import Compiled
+from tests.networks import noisy
 
 LENGTH = 6
 TEXT = "abcaba"
@@ -33,19 +34,12 @@ def network(name, layout="own"):
     config.model.update(width=8, layers=1, heads=2, cond_dim=4, head_layers=0, layout=layout)
     config.order.name, config.data.length = name, LENGTH
 
-    @jax.jit
-    def params():
-        params = init_params(config, TOKENIZER.rows, jax.random.key(0))
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(5), len(leaves))
-        draws = [jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-        params = tree.unflatten(a + 0.4 * d for a, d in zip(leaves, draws, strict=True))
-        for pointer in {"prior_head", "posterior_head"} & set(params):  # tables count thirty times
-            params[pointer] = jax.tree.map(lambda a: a / 30, params[pointer])
-        return params
-
+    shapes = jax.eval_shape(lambda: init_params(config, TOKENIZER.rows, jax.random.key(0)))
+    params = noisy(shapes, 0.4)
+    for pointer in {"prior_head", "posterior_head"} & set(params):  # tables count thirty times
+        params[pointer] = jax.tree.map(lambda a: a / 30, params[pointer])
     generator = make_generator(config, TOKENIZER.rows, TOKENIZER.mask_id)
-    return config, generator, params()
+    return config, generator, params
 
 
 @pytest.fixture

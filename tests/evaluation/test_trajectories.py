@@ -14,6 +14,7 @@ from lomdm_jax.evaluation.trajectories import calls, importance_bound, make_traj
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.orders.race import reveal_log_probabilities
 from tests import oracle
+from tests.networks import noisy
 
 LENGTH, VOCAB = 4, 2
 DRAWS = 4096  # trajectories of one text
@@ -33,20 +34,13 @@ def network(name, layout="own"):
     config.model.update(width=8, layers=1, heads=2, cond_dim=4, head_layers=0, layout=layout)
     config.order.name, config.data.length = name, LENGTH
 
-    @jax.jit
-    def params():
-        params = init_params(config, VOCAB + 1, jax.random.key(0))
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(5), len(leaves))
-        draws = [jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-        params = tree.unflatten(a + 0.5 * d for a, d in zip(leaves, draws, strict=True))
-        for pointer in {"prior_head", "posterior_head"} & set(params):  # tables count thirty times
-            params[pointer] = jax.tree.map(lambda a: a / 3, params[pointer])
-            params[pointer] |= {t: params[pointer][t] / 15 for t in ("position", "distance")}
-            params[pointer]["neighbours"] /= 15
-        return params
-
-    return make_generator(config, VOCAB + 1, VOCAB), params()
+    shapes = jax.eval_shape(lambda: init_params(config, VOCAB + 1, jax.random.key(0)))
+    params = noisy(shapes, 0.5)
+    for pointer in {"prior_head", "posterior_head"} & set(params):  # tables count thirty times
+        params[pointer] = jax.tree.map(lambda a: a / 3, params[pointer])
+        params[pointer] |= {t: params[pointer][t] / 15 for t in ("position", "distance")}
+        params[pointer]["neighbours"] /= 15
+    return make_generator(config, VOCAB + 1, VOCAB), params
 
 
 @functools.cache

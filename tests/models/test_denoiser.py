@@ -8,21 +8,21 @@ from flax import nnx
 
 from lomdm_jax.models.denoiser import Denoiser
 from lomdm_jax.models.transformer import Sizes, rotary
+from tests.networks import noisy, shapes_of
 
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jnp.float32)
 
 
 def build(scores="position", dtype=jnp.float32, randomise=True, **options):
     sizes = SIZES._replace(dtype=dtype)
-    module = Denoiser(sizes, mask_id=10, scores=scores, rngs=nnx.Rngs(0), **options)
-    graphdef, params = nnx.split(module, nnx.Param)
-    params = nnx.to_pure_dict(params)
+
+    def make():
+        return Denoiser(sizes, mask_id=10, scores=scores, rngs=nnx.Rngs(0), **options)
+
+    graphdef, shapes = shapes_of(make)
     if randomise:
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        pairs = zip(leaves, keys, strict=True)
-        params = tree.unflatten([a + 0.3 * jax.random.normal(k, a.shape) for a, k in pairs])
-    return graphdef, params
+        return graphdef, noisy(shapes, 0.3)
+    return graphdef, nnx.to_pure_dict(jax.jit(lambda: nnx.state(make(), nnx.Param))())
 
 
 def names(params):

@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 from lomdm_jax.models import visibility
 from lomdm_jax.models.transformer import Sizes, Transformer
 from lomdm_jax.models.visibility import Cached, causal, full, ranked
+from tests.networks import noisy, shapes_of
 
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.0, dtype=jnp.float32)
 
@@ -17,11 +18,8 @@ SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.0, dtype=jn
 @pytest.fixture(scope="module")
 def backbone():
     """With random weights, so that every gate is open."""
-    graphdef, params = nnx.split(Transformer(SIZES, rngs=nnx.Rngs(0)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graphdef, tree.unflatten(leaves))
+    graphdef, shapes = shapes_of(lambda: Transformer(SIZES, rngs=nnx.Rngs(0)))
+    return nnx.merge(graphdef, noisy(shapes, 0.3))
 
 
 def heads(key, rows, length):

@@ -17,6 +17,7 @@ from lomdm_jax.objectives.nelbo import FULL_RANGE, Batch, targets_of
 from lomdm_jax.orders import make_order
 from lomdm_jax.sampling import make_sampler
 from tests import oracle
+from tests.networks import noisy, shapes_of
 
 LENGTH, VOCAB = 4, 2
 X = np.array([1, 0, 0, 1], np.int32)
@@ -29,14 +30,9 @@ def network(name, follow=True):
     sizes = Sizes(VOCAB + 1, width=8, layers=2, heads=2, cond_dim=4, dropout=0.0, dtype=jnp.float32)
     groups = tuple(order.groups(LENGTH).tolist()) if follow and order.groups else None
     layout = "full" if groups is None else "causal" if len(set(groups)) == LENGTH else "ranked"
-    module = Denoiser(
-        sizes, mask_id=VOCAB, scores="none", layout=layout, groups=groups, rngs=nnx.Rngs(0)
-    )
-    graphdef, params = nnx.split(module, nnx.Param)
-    leaves, tree = jax.tree.flatten(nnx.to_pure_dict(params))
-    keys = jax.random.split(jax.random.key(5), len(leaves))
-    leaves = [a + 0.7 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return Generator(graphdef, order, VOCAB), tree.unflatten(leaves)
+    options = dict(mask_id=VOCAB, scores="none", layout=layout, groups=groups)
+    graphdef, shapes = shapes_of(lambda: Denoiser(sizes, rngs=nnx.Rngs(0), **options))
+    return Generator(graphdef, order, VOCAB), noisy(shapes, 0.5, seed=3)
 
 
 def rows(count, key, ignore_first=False):

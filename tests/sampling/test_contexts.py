@@ -12,6 +12,7 @@ from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.sampling import make_sampler
 from lomdm_jax.sampling.contexts import Blocks, Causal, _held
 from lomdm_jax.sampling.driver import row_keys
+from tests.networks import noisy
 
 VOCAB, LENGTH, ROWS = 5, 8, 3
 
@@ -23,11 +24,8 @@ def network(name, layers=2):
     sizes = {"width": 16, "layers": layers, "heads": 2, "cond_dim": 8, "dropout": 0.0}
     config.model.update(sizes)
     config.order.name, config.data.length = name, LENGTH
-    params = init_params(config, VOCAB + 1, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return make_generator(config, VOCAB + 1, VOCAB), tree.unflatten(leaves)
+    shapes = jax.eval_shape(lambda: init_params(config, VOCAB + 1, jax.random.key(0)))
+    return make_generator(config, VOCAB + 1, VOCAB), noisy(shapes, 0.3)
 
 
 def text(length=LENGTH):

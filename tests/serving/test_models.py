@@ -16,6 +16,7 @@ from lomdm_jax.generation import generate
 from lomdm_jax.generator import init_params, make_generator
 from lomdm_jax.jobs.serve import serve as serve_job
 from lomdm_jax.trained import Trained
+from tests.networks import noisy
 
 pytest.importorskip("fastapi", reason="the page needs FastAPI: pip install fastapi uvicorn")
 
@@ -41,15 +42,8 @@ def trained(folder, config):
     """A model that has learned nothing yet."""
     tokenizer, mesh = ByteTokenizer(), meshes.make_mesh(**config.mesh)
     generator = make_generator(config, tokenizer.rows, tokenizer.mask_id)
-
-    def init():
-        """Untrained outputs are zero: some noise makes tokens and positions differ."""
-        leaves, structure = jax.tree.flatten(init_params(config, tokenizer.rows, jax.random.key(0)))
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        noisy = [a + 0.3 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-        return jax.tree.unflatten(structure, noisy)
-
-    params = meshes.run_everywhere(mesh, init)()
+    shapes = jax.eval_shape(lambda: init_params(config, tokenizer.rows, jax.random.key(0)))
+    params = jax.device_put(noisy(shapes, 0.3), meshes.replicated(mesh))
     return Trained(config, pathlib.Path(folder), tokenizer, generator, mesh, params)
 
 
