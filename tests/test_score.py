@@ -35,7 +35,7 @@ def network(name, layout="own"):
     config.order.name, config.data.length = name, LENGTH
 
     shapes = jax.eval_shape(lambda: init_params(config, TOKENIZER.rows, jax.random.key(0)))
-    params = noisy(shapes, 0.4)
+    params = noisy(shapes, 0.65, seed=1)
     for pointer in {"prior_head", "posterior_head"} & set(params):  # tables count thirty times
         params[pointer] = jax.tree.map(lambda a: a / 30, params[pointer])
     generator = make_generator(config, TOKENIZER.rows, TOKENIZER.mask_id)
