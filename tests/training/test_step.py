@@ -136,16 +136,16 @@ def test_any_mesh_gives_the_losses_of_one_device(sort, sizes):
 )
 def test_what_is_computed_again_changes_nothing(sort, remat):
     """Neither losses nor parameters; dropout included."""
-    plain, again = (run(sort_of(sort, **c), steps=2) for c in ({}, {"model__remat": remat}))
+    plain, again = run(sort_of(sort)), run(sort_of(sort, model__remat=remat))
     assert_close(plain[1], again[1], 1e-5)
     assert_close(plain[0].params, again[0].params, 1e-5)
 
 
 def test_all_savings_at_once_change_nothing():
     """Parameters split, products split, blocks computed again, a batch in parts."""
-    plain = run(sort_of("order"), steps=2)
+    plain = run(sort_of("order"))
     saved = sort_of("order", model__remat="full", train__micro_batches=2)
-    saving = run(saved, (2, 2, 2), steps=2)
+    saving = run(saved, (2, 2, 2))
     assert_close(plain[0].params, saving[0].params, 2e-4)
 
 
@@ -458,6 +458,6 @@ def test_guards_change_nothing_in_a_run_without_bad_steps():
     guards = dict(train__on_bad_step="skip", train__spike=6.0)
     plain, history = run(sort_of("continuous"), steps=6)
     guarded, same = run(sort_of("continuous", **guards), steps=6)
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)  # two programs
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-9)  # two programs
     jax.tree.map(close, history, same)
     jax.tree.map(close, plain, guarded)
