@@ -40,11 +40,12 @@ sys.path.insert(0, str(ROOT))
 
 from launch import local_processes  # noqa: E402
 
-Sizes = tuple[int, int, int]
-ONE: Sizes = (1, 1, 1)
+AXES = ("data", "fsdp", "tensor", "sequence")
+Sizes = tuple[int, int, int, int]
+ONE: Sizes = (1, 1, 1, 1)
 MESHES: list[Sizes] = [
-    *[(2, 1, 1), (1, 2, 1), (1, 1, 2)],
-    *[(4, 1, 1), (2, 2, 1), (1, 2, 2), (1, 1, 4)],
+    *[(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
+    *[(4, 1, 1, 1), (2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2), (1, 1, 1, 4)],
 ]
 # Seconds in which processes must notice that another is gone. Before they have joined they wait for
 # it for minutes, and are stopped here as a launcher stops them.
@@ -74,7 +75,7 @@ sys.exit(main(sys.argv[1:]))
 def arguments(folder: pathlib.Path, workdir: pathlib.Path, sizes: Sizes, *changes: str) -> list:
     """The command line of a tiny run; in folder is what runs share."""
     settings = [
-        *(f"mesh.{axis}={n}" for axis, n in zip(("data", "fsdp", "tensor"), sizes, strict=True)),
+        *(f"mesh.{axis}={n}" for axis, n in zip(AXES, sizes, strict=True)),
         *("data.source=LICENSE", "data.tokenizer=bytes", "data.vocab_size=0", "data.length=16"),
         *(f"data.directory={folder / 'data'}", "data.valid_share=0.1", "data.workers=1"),
         *("model.width=32", "model.heads=4", "model.layers=1", "model.cond_dim=8"),
@@ -195,7 +196,7 @@ def distance(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
 
 
 def meshes_section(found: list[Compared]) -> list[str]:
-    lines = ["| processes | data x fsdp x tensor | losses | state | same batches | seconds |"]
+    lines = [f"| processes | {' x '.join(AXES)} | losses | state | same batches | seconds |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     for row in found:
         shape, same = " x ".join(map(str, row.sizes)), "yes" if row.same_batches else "NO"
@@ -398,13 +399,13 @@ class Outcome(NamedTuple):
 def chaos(
     folder: pathlib.Path, kills: list[Kill], steps: int, every: int, *, same: bool, seed: int
 ) -> Outcome:
-    """A run of 2 x 1 x 1 left alone, and one that is killed; same: always on that mesh."""
-    chance, base = random.Random(seed), (2, 1, 1)
+    """A run of two copies left alone, and one that is killed; same: always on that mesh."""
+    chance, base = random.Random(seed), (2, 1, 1, 1)
     changes = (f"train.steps={steps}", f"train.eval_every={steps}", f"checkpoint.every={every}")
     alone, killed = folder / "alone", folder / ("killed" if same else "moved")
     if not alone.exists():
         complete(folder, arguments(folder, alone, base, *changes), base)
-    others = [ONE, *MESHES[:3]]
+    others = [ONE, *MESHES[:4]]
     pick = (lambda number: base) if same else (lambda number: others[number % len(others)])
     found = Chaos(folder, killed, pick, every, changes, chance).run(kills)
     faults = [f"left behind or missing: {name}" for name in left_behind(killed, alone)]

@@ -17,6 +17,8 @@ import sys
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from lomdm_jax.distributed.mesh import described  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -28,7 +30,7 @@ class Case(NamedTuple):
 
 
 SMALL, LARGE = "configs/openwebtext.py", "configs/openwebtext_1b.py"
-CASES = {
+PROGRAMS = {
     "lomdm-v5e-16": Case(SMALL, "v5e:4x4"),
     "lomdm-v5p-16": Case(SMALL, "v5p:2x2x4", ("train.micro_batches=1",)),
     "lomdm-v6e-256": Case(SMALL, "v6e:16x16", ("train.micro_batches=1",)),
@@ -38,20 +40,52 @@ CASES = {
     "1b-v5p-64": Case(LARGE, "v5p:4x4x4"),
     "too-large-v5e-16": Case(SMALL, "v5e:4x4", ("train.micro_batches=1",)),
 }
-# The same work on each chip, 32 sequences in 4 parts, on ever more of them; copies of the model.
-PER_CHIP = 32
+
+
+def batches(size: int, parts: int) -> tuple[str, ...]:
+    """Changes for a global batch of `size` sequences in so many parts."""
+    sizes = [f"{key}={size}" for key in ("train.batch_size", "eval.batch_size", "sample.count")]
+    return (*sizes, f"train.micro_batches={parts}")
+
+
+# Copies of the model on ever more chips: with as much work on each, 32 sequences in 4 parts, and
+# with 512 sequences shared by all.
+SLICES = {
+    1: "1x1x1",
+    4: "2x2x1",
+    16: "2x2x4",
+    64: "4x4x4",
+    128: "4x4x8",
+    256: "4x8x8",
+    512: "8x8x8",
+}
+PER_CHIP, GLOBAL = 32, 512
 WEAK = {
-    f"weak-{chips}": Case(
-        f"{SMALL}:mdm",
-        f"v5p:{shape}",
-        (
-            f"train.batch_size={PER_CHIP * chips}",
-            f"eval.batch_size={PER_CHIP * chips}",
-            f"sample.count={PER_CHIP * chips}",
-            "train.micro_batches=4",
-        ),
+    f"weak-{chips}": Case(f"{SMALL}:mdm", f"v5p:{SLICES[chips]}", batches(PER_CHIP * chips, 4))
+    for chips in (1, 4, 16, 64, 512)
+}
+STRONG = {
+    f"strong-{chips}": Case(f"{SMALL}:mdm", f"v5p:{SLICES[chips]}", batches(GLOBAL, parts))
+    for chips, parts in {16: 4, 64: 1, 128: 1, 256: 1, 512: 1}.items()
+}
+# More chips than sequences: four share each, the work on its positions or the positions themselves.
+FEW = {
+    f"{name}-{axis}": Case(
+        config, f"v5p:{shape}", (*batches(texts, 1), f"data.length={length}", f"mesh.{axis}=4")
     )
-    for chips, shape in {1: "1x1x1", 4: "2x2x1", 16: "2x2x4", 64: "4x4x4", 512: "8x8x8"}.items()
+    for name, config, shape, texts, length in (
+        ("short", f"{SMALL}:mdm", "8x8x8", 128, 1024),
+        ("long", f"{SMALL}:mdm", "2x2x4", 4, 32_768),
+        ("1b-long", f"{LARGE}:mdm", "4x4x4", 16, 32_768),
+    )
+    for axis in ("tensor", "sequence")
+}
+CASES = {"programs": PROGRAMS, "weak": WEAK, "strong": STRONG, "few": FEW}
+TITLES = {
+    "programs": "",
+    "weak": f"{PER_CHIP} sequences per chip, on ever more chips:",
+    "strong": f"{GLOBAL} sequences, shared by ever more chips:",
+    "few": "More chips than sequences, so that four share each:",
 }
 
 
@@ -77,8 +111,8 @@ def row(name: str, case: Case, report: dict[str, Any]) -> str:
     cells = [
         name,
         f"{report['devices']} {chip['name']}",
-        " ".join(f"{axis} {size}" for axis, size in report["mesh"].items() if size > 1) or "one",
-        ", ".join(change for change in case.changes if change.startswith("train.")),
+        described(report["mesh"]),
+        ", ".join(change for change in case.changes if change.startswith(("train.", "data."))),
         f"{memory / 2**30:.1f} of {chip['memory'] / 2**30:.1f}",
         f"{report['flops'] / report['tokens'] / 1e6:,.0f}",
         f"{moved / 1e9:.2f}",
@@ -111,15 +145,13 @@ def write(folder: pathlib.Path) -> None:
         "# What training takes on TPU slices and GPUs",
         "",
         f"`python benchmarks/scaling.py`, {versions}; docs/scaling.md explains.",
-        "",
-        *table(CASES, folder),
-        "",
     ]
+    for name, cases in CASES.items():
+        lines += ["", TITLES[name], ""] if TITLES[name] else [""]
+        lines += table(cases, folder)
     for path in sorted(folder.glob("*.txt")):
-        lines += [f"{path.stem}:", "", "```", path.read_text().strip(), "```", ""]
-    lines += [f"The same {PER_CHIP} sequences per chip on ever more chips:", ""]
-    lines += [*table(WEAK, folder), ""]
-    (ROOT / "benchmarks" / "scaling.md").write_text("\n".join(lines))
+        lines += ["", f"{path.stem}:", "", "```", path.read_text().strip(), "```"]
+    (ROOT / "benchmarks" / "scaling.md").write_text("\n".join([*lines, ""]))
 
 
 def main() -> None:
@@ -128,7 +160,7 @@ def main() -> None:
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT / "runs" / "scaling")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    cases = CASES | WEAK
+    cases = {name: case for each in CASES.values() for name, case in each.items()}
     wanted = options.only.split(",") if options.only else list(cases)
     for number, name in enumerate(wanted, start=1):
         compile_case(name, cases[name], options.folder)

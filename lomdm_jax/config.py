@@ -242,10 +242,11 @@ _DEFAULTS = {
         "length": 0,  # tokens per sequence of an MDLM or BD3-LM; 0 for what it says itself
         "order": "",  # of an MDLM or BD3-LM, "mdm" or "block:SIZE"; "" for what it says itself
     },
-    "mesh": {  # devices; data x fsdp x tensor of them
+    "mesh": {  # devices; data x fsdp x tensor x sequence of them
         "data": -1,  # copies of the model, which share each batch; -1 for all that are left
         "fsdp": 1,  # share each batch, and the parameters, their average and the optimizer state
-        "tensor": 1,  # share the work on each sequence: heads, hidden units, the vocabulary
+        "tensor": 1,  # share the work on each position: heads, hidden units, the vocabulary
+        "sequence": 1,  # share the positions of each sequence, for long ones; parameters like fsdp
     },
     "checkpoint": {
         "every": 10_000,  # steps
@@ -338,12 +339,13 @@ def validate(config: ConfigDict) -> None:
 
 
 _POSITIVE = (
-    "data.length mesh.fsdp mesh.tensor model.width model.layers model.heads model.cond_dim "
-    "objective.mask_samples optimizer.learning_rate optimizer.eps optimizer.clip_norm "
-    "train.steps optimizer.head_multiplier train.batch_size train.micro_batches train.log_every "
-    "train.eval_every objective.temperature eval.batch_size eval.draws sample.reveal sample.steps "
-    "sample.count sample.batch_size sample.order_temperature checkpoint.every checkpoint.keep "
-    "objective.order_share score.orders generative.samples serve.samples serve.characters"
+    "data.length mesh.fsdp mesh.tensor mesh.sequence model.width model.layers model.heads "
+    "model.cond_dim objective.mask_samples optimizer.learning_rate optimizer.eps "
+    "optimizer.clip_norm optimizer.head_multiplier train.steps train.batch_size "
+    "train.micro_batches train.log_every train.eval_every objective.temperature eval.batch_size "
+    "eval.draws sample.reveal sample.steps sample.count sample.batch_size sample.order_temperature "
+    "checkpoint.every checkpoint.keep objective.order_share score.orders generative.samples "
+    "serve.samples serve.characters"
 ).split()
 _NOT_NEGATIVE = (
     "optimizer.warmup_steps optimizer.weight_decay train.random_steps model.head_layers "
@@ -435,12 +437,7 @@ def _check_combinations(config: ConfigDict) -> None:
             "model.width",
             f"rotary positions need a multiple of 2 * model.heads = {2 * config.model.heads}.",
         )
-    if config.model.heads % config.mesh.tensor:
-        _reject(
-            config,
-            "mesh.tensor",
-            f"it splits heads: use a divisor of model.heads = {config.model.heads}.",
-        )
+    _check_within(config)
     if config.train.batch_size % config.train.micro_batches:
         _reject(
             config,
@@ -466,6 +463,20 @@ def _check_combinations(config: ConfigDict) -> None:
         _reject(config, "data.length", "objective.ignore_first leaves nothing: use 2 or more.")
     if config.model.time_conditioning:
         _check_time_conditioning(config, made)
+
+
+def _check_within(config: ConfigDict) -> None:
+    """The axes of the mesh that share the work on each sequence."""
+    heads, mesh = config.model.heads, config.mesh
+    if heads % mesh.tensor:
+        _reject(config, "mesh.tensor", f"it splits heads: use a divisor of model.heads = {heads}.")
+    left = heads // mesh.tensor
+    if left % mesh.sequence or config.data.length % mesh.sequence:
+        remedy = (
+            f"attention splits heads by it: use a divisor of model.heads / mesh.tensor = {left} "
+            f"and of data.length = {config.data.length}."
+        )
+        _reject(config, "mesh.sequence", remedy)
 
 
 def _check_ranked(config: ConfigDict, order: orders.Order) -> None:

@@ -484,7 +484,7 @@ def test_compile_says_what_a_step_takes_without_data(arguments, tmp_path, capsys
     command = [*arguments(tmp_path, "data.source=nothing.txt"), "--job=compile"]
     assert main([*arguments(tmp_path, "data.directory=none"), "--job=compile"]) == 0
     printed = capsys.readouterr().out
-    assert "8 x cpu (data=8 fsdp=1 tensor=1)" in printed and "of unknown" in printed
+    assert "8 x cpu (data 8)" in printed and "of unknown" in printed
     report = json_of(tmp_path, "compile.json")
     assert report["tokens"] == 16 * 16 and report["flops"] > report["model_flops"] > 0
     assert {each["kind"] for each in report["collectives"]} >= {"all-reduce"}
@@ -504,7 +504,7 @@ def test_compile_for_a_slice_that_is_not_here(arguments, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "4 x TPU v5e (data=4 fsdp=1 tensor=1)" in done.stdout
+    assert "4 x TPU v5e (data 4)" in done.stdout
     report = json_of(tmp_path, "compile-v5e-2x2.json")
     assert report["fits"] and report["devices"] == 4 and report["step_seconds"][0] > 0
 
@@ -533,7 +533,9 @@ def refused(arguments, capsys):
         ("model.width=22", ["model.width", "22", "2 * model.heads = 4"]),
         ("train.micro_batches=3", ["train.batch_size", "16", "micro_batches = 3"]),
         ("mesh.data=64", ["mesh.data", "64", "8 cpu device"]),
-        ("train.batch_size=12", ["train.batch_size", "12", "8 devices"]),
+        ("mesh.tensor=3", ["mesh.tensor", "3", "model.heads = 2"]),
+        ("mesh.sequence=4", ["mesh.sequence", "4", "model.heads / mesh.tensor = 2"]),
+        ("train.batch_size=12", ["train.batch_size", "12", "8 devices", "config.mesh.sequence"]),
         ("data.source=imaginary", ["data.source", "imaginary", "stdlib"]),
         ("data.vocab_size=100", ["vocab_size", "100"]),
         ("objective.clip_noise=true", ["objective.clip_noise", "'lomdm'", "block:<size>"]),

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lomdm_jax.distributed import costs, partition, remedies
 from lomdm_jax.distributed.chips import GIB, Chip, chip_of
+from lomdm_jax.distributed.mesh import described
 
 
 class Memory(NamedTuple):
@@ -213,8 +214,8 @@ def _memory(compiled: jax.stages.Compiled, state: Any, shardings: Any) -> Memory
 
 def text(report: Report, config: ConfigDict) -> str:
     """The report as a table; if the memory is exceeded, what to change in `config`."""
-    shape = " ".join(f"{axis}={size}" for axis, size in report.mesh.items())
-    title = f"{report.devices} x {report.chip.name if report.chip else report.kind} ({shape})"
+    kind = report.chip.name if report.chip else report.kind
+    title = f"{report.devices} x {kind} ({described(report.mesh)})"
     rows = [*_memory_rows(report), *_work_rows(report), *_time_rows(report)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c}".rstrip() for a, b, c in rows]

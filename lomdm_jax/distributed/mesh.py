@@ -2,11 +2,12 @@
 
 The axes: "data", copies of the model that share each batch; "fsdp", devices that share a batch and
 the parameters, optimizer state and EMA as well; "tensor", devices that share the work on each
-sequence. The first two split the batch. How parameters are split is in `partition`.
+position; "sequence", devices that share the positions of each sequence. The first two split the
+batch. How parameters are split is in `partition`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lomdm_jax.errors import UserError
 from lomdm_jax.models.placement import BATCH
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "sequence")
 
 
 def make_mesh(
-    data: int, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh with these axes, over the first devices; `data` may be -1, for all that are left.
 
@@ -30,23 +35,28 @@ def make_mesh(
       UserError: if there are fewer devices, or processes that would have none.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = (data if data != -1 else len(devices) // (fsdp * tensor), fsdp, tensor)
+    others = (fsdp, tensor, sequence)
+    sizes = (data if data != -1 else len(devices) // math.prod(others), *others)
     count = math.prod(sizes)
-    asked = " x ".join(str(size) for size in (data, fsdp, tensor))
+    asked = f"{' x '.join(AXES)} = {' x '.join(map(str, (data, *others)))}"
     if not 0 < count <= len(devices):
         raise UserError(
-            f"config.mesh asks for data x fsdp x tensor = {asked} devices, but there are "
-            f"{len(devices)} {devices[0].platform} device(s): use that many at most, or "
-            "config.mesh.data=-1 for all that fsdp and tensor leave."
+            f"config.mesh asks for {asked} devices, but there are {len(devices)} "
+            f"{devices[0].platform} device(s): use that many at most, or config.mesh.data=-1 for "
+            "all that the others leave."
         )
     if count < len(devices) and jax.process_count() > 1:
         raise UserError(
-            f"config.mesh asks for data x fsdp x tensor = {asked}, which is {count} of the "
-            f"{len(devices)} devices of {jax.process_count()} processes: with several processes "
-            "use all of them."
+            f"config.mesh asks for {asked}, which is {count} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes: with several processes use all of them."
         )
     kinds = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(sizes, AXES, kinds, devices=devices[:count])
+
+
+def described(shape: Mapping[str, int]) -> str:
+    """The axes with more than one device, and how many, for people; shape: devices by axis."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1) or "one device"
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
@@ -103,6 +113,6 @@ def check_divides(mesh: Mesh, key: str, rows: int) -> None:
     if rows % parts:
         raise UserError(
             f"config.{key} gives {rows} sequences at a time, which does not split evenly over "
-            f"{parts} devices (config.mesh: data x fsdp): use a multiple of {parts}, or a smaller "
-            "mesh."
+            f"{parts} devices (config.mesh: data x fsdp): use a multiple of {parts}, or fewer of "
+            "them; more devices than sequences may share each by config.mesh.sequence or tensor."
         )

@@ -8,22 +8,26 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lomdm_jax.distributed.mesh import described
+
+# What shares the state: the devices of "fsdp", and those that share the positions of a sequence.
+SHARED = ("sequence", "fsdp")
 # Patterns of the end of an array's name, and splits in order of preference: the first that divides
 # the array evenly is taken (vocabularies seldom divide). Kernels are [in, out]. The first matrix of
 # a pair is split over its outputs by "tensor", the second over its inputs, so that the pair needs
-# one sum; "fsdp" takes the other dimension. The mean of EMA and Adam follow their parameter.
+# one sum; SHARED takes the other dimension. The mean of EMA and Adam follow their parameter.
 RULES: tuple[tuple[str, tuple[P, ...]], ...] = (
     # The table is gathered whole to be read.
-    (r"vocab_embed/embedding", (P(None, ("fsdp", "tensor")), P(None, "fsdp"), P("fsdp"))),
+    (r"vocab_embed/embedding", (P(None, ("tensor", *SHARED)), P(None, SHARED), P(SHARED))),
     # Heads are regrouped as they are used: see `transformer.Block`.
-    (r"attn_qkv/kernel", (P(("fsdp", "tensor")), P("fsdp"), P(None, "fsdp"))),
-    (r"attn_out/kernel", (P("tensor", "fsdp"), P("tensor"))),
-    (r"mlp/0/kernel", (P("fsdp", "tensor"), P(None, "tensor"))),
+    (r"attn_qkv/kernel", (P(("tensor", *SHARED)), P(SHARED), P(None, SHARED))),
+    (r"attn_out/kernel", (P("tensor", SHARED), P("tensor"))),
+    (r"mlp/0/kernel", (P(SHARED, "tensor"), P(None, "tensor"))),
     (r"mlp/0/bias", (P("tensor"),)),
-    (r"mlp/2/kernel", (P("tensor", "fsdp"), P("tensor"))),
-    (r"linear/kernel", (P("fsdp", "tensor"), P(("fsdp", "tensor")), P("fsdp"))),
+    (r"mlp/2/kernel", (P("tensor", SHARED), P("tensor"))),
+    (r"linear/kernel", (P(SHARED, "tensor"), P(("tensor", *SHARED)), P(SHARED))),
     # Read by every device: the modulations of whole hidden states.
-    (r"adaLN_modulation/kernel", (P("fsdp"), P(None, "fsdp"))),
+    (r"adaLN_modulation/kernel", (P(SHARED), P(None, SHARED))),
     # Small, and used whole.
     (r"norm\w*/scale|mlp/2/bias|linear/bias|adaLN_modulation/bias", ()),
     (r"content/(kernel|bias)|position|distance|neighbours|walk_head/table|log_rate", ()),
@@ -80,8 +84,8 @@ def held(tree: Any, shardings: Any) -> int:
 def report(mesh: Mesh, tree: Any) -> str:
     """`table` as lines for people."""
     rows = table(mesh, tree)
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     total, kept = sum(row.size for row in rows), sum(row.held for row in rows)
+    axes = described(mesh.shape)
     lines = [f"mesh: {axes}; state: {total / 2**20:,.1f} MiB, {kept / 2**20:,.1f} per device"]
     lines += (
         []

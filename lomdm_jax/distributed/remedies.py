@@ -72,15 +72,18 @@ def advice(config: ConfigDict, devices: int, state: int, problem: str) -> str:
 
 def _remedies(config: ConfigDict, devices: int, state: int) -> list[str]:
     """Changes of the config that save memory and are not made yet, cheapest first."""
-    parts = _more_micro_batches(config, devices // config.mesh.tensor)
+    splits = devices // (config.mesh.tensor * config.mesh.sequence)
+    parts = _more_micro_batches(config, splits)
     found = []
     if parts:
         others = f" (or {', '.join(map(str, parts[1:4]))})" if parts[1:] else ""
         found.append(f"--config.train.micro_batches={parts[0]}{others}: fewer sequences at a time")
+    elif remedy := _more_sequence(config, splits):
+        found.append(remedy)
     levels = tuple(REMAT)
     for level in levels[levels.index(config.model.remat) + 1 :]:
         found.append(f"--config.model.remat={level}: fewer activations kept, more recomputed")
-    if remedy := _more_fsdp(config, devices // config.mesh.tensor, state):
+    if remedy := _more_fsdp(config, splits, state):
         found.append(remedy)
     if config.model.dtype == "float32":
         found.append("--config.model.dtype=bfloat16: activations of half the size")
@@ -105,6 +108,20 @@ def _valid(config: ConfigDict, micro_batches: int) -> bool:
     except UserError:
         return False
     return True
+
+
+def _more_sequence(config: ConfigDict, splits: int) -> str | None:
+    """The advice to share each sequence, where a device has one at a time; None if nothing does."""
+    mesh, left = config.mesh, config.model.heads // config.mesh.tensor
+    factors = range(2, splits // mesh.fsdp + 1)
+    for factor in (n for n in factors if splits // mesh.fsdp % n == 0):
+        size, parts = mesh.sequence * factor, config.train.micro_batches * factor
+        if left % size == 0 and config.data.length % size == 0 and _valid(config, parts):
+            return (
+                f"--config.mesh.sequence={size} --config.mesh.data=-1 "
+                f"--config.train.micro_batches={parts}: {factor} times the devices for a sequence"
+            )
+    return None
 
 
 # Beyond this the exchanges of parameters cost more than the memory that is left to save.

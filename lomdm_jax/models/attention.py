@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from lomdm_jax.models.placement import BATCH, TENSOR, splits
+from lomdm_jax.models.placement import BATCH, WITHIN, splits
 
 Backend = Literal["cudnn", "splash", "xla", "parts"]
 
@@ -114,7 +114,7 @@ def _splash(
 
     if jax.sharding.get_abstract_mesh().empty:
         return own(query, key, value, segment)
-    heads = PartitionSpec(BATCH, None, TENSOR, None)
+    heads = PartitionSpec(BATCH, None, WITHIN, None)
     specs = (heads, heads, heads, PartitionSpec(BATCH))
     spread = jax.shard_map(own, in_specs=specs, out_specs=heads, check_vma=False)
     return spread(query, key, value, segment)

@@ -7,7 +7,10 @@ import jax
 from jax.sharding import PartitionSpec
 
 BATCH = ("data", "fsdp")  # the axes that split a batch
+SEQUENCE = "sequence"  # the axis that splits the positions of a sequence
 TENSOR = "tensor"  # the axis that splits heads, hidden units and the vocabulary
+# The axes that split what needs all positions at once: heads in attention, and the vocabulary.
+WITHIN = (TENSOR, SEQUENCE)
 
 
 def constrain(a: jax.Array, *axes: Any) -> jax.Array:
@@ -25,7 +28,8 @@ def splits() -> tuple[int, int]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1, 1
-    return math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape[TENSOR]
+    rows, heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in (BATCH, WITHIN))
+    return rows, heads
 
 
 def parts_of_batch(rows: int) -> int:

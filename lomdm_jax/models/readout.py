@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lomdm_jax.models.placement import BATCH, TENSOR, constrain, parts_of_batch
+from lomdm_jax.models.placement import BATCH, WITHIN, constrain, parts_of_batch
 
 # Logits that a device has in memory at once, 512 MiB of float32; and into how many parts positions
 # are cut, so that those that are not asked for are left out, of how many positions at least.
@@ -61,7 +61,7 @@ class Readout(NamedTuple):
         """float32 [..., B, L, V]."""
         logits = _logits(self.hidden, self.kernel, self.bias)
         nothing = (None,) * (logits.ndim - 3)
-        return constrain(logits, *nothing, BATCH, None, TENSOR)
+        return constrain(logits, *nothing, BATCH, None, WITHIN)
 
     def costs(self, tokens_BL: jax.Array, where_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Cross-entropy (nats) of tokens and confidence, the largest probability, float32
@@ -209,7 +209,7 @@ def _everywhere(kernel: jax.Array, dtype: Any) -> jax.Array:
     """Gathered over the devices that split a batch once, and not for every part; with columns of
     zeros up to a multiple of ALIGNED."""
     columns = ((0, 0), (0, -kernel.shape[1] % ALIGNED))
-    return constrain(jnp.pad(kernel.astype(dtype), columns), None, TENSOR)
+    return constrain(jnp.pad(kernel.astype(dtype), columns), None, WITHIN)
 
 
 def _aligned(bias: jax.Array) -> jax.Array:
@@ -219,7 +219,7 @@ def _aligned(bias: jax.Array) -> jax.Array:
 
 def _part_logits(hidden: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     batch = BATCH if len(hidden) > 1 else None
-    return constrain(_logits(hidden, kernel, bias), batch, None, TENSOR)
+    return constrain(_logits(hidden, kernel, bias), batch, None, WITHIN)
 
 
 def _backward(size: int, parts: int, expected: int, kept: Any, given: Any) -> tuple[Any, ...]:
@@ -239,7 +239,7 @@ def _backward(size: int, parts: int, expected: int, kept: Any, given: Any) -> tu
         back = jnp.einsum("gnv,dv->gnd", rough, kernel, preferred_element_type=jnp.float32)
         product = jnp.einsum("gnd,gnv->gdv", inputs, rough, preferred_element_type=jnp.float32)
         d_hidden = d_hidden.at[index].set(back.astype(d_hidden.dtype))
-        d_kernel = constrain(d_kernel + product, batch, None, TENSOR)
+        d_kernel = constrain(d_kernel + product, batch, None, WITHIN)
         return d_hidden, d_kernel, d_bias + jnp.sum(excess, axis=1)
 
     groups = arranged.hidden.shape[1]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lomdm_jax.models.placement import BATCH, TENSOR, constrain
+from lomdm_jax.models.placement import BATCH, SEQUENCE, TENSOR, WITHIN, constrain
 from lomdm_jax.models.readout import Readout
 from lomdm_jax.models.visibility import Memory, View
 
@@ -175,16 +175,17 @@ class Block(nnx.Module):
         h_BLD, memory = self._attend(_modulate(self.norm1(x_BLD), shift1, scale1), view, memory)
         x_BLD = x_BLD + gate1[:, None] * dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt)
         h_BLD = self.mlp["0"](_modulate(self.norm2(x_BLD), shift2, scale2))
-        h_BLD = constrain(h_BLD, BATCH, None, TENSOR)
+        h_BLD = constrain(h_BLD, BATCH, SEQUENCE, TENSOR)
         h_BLD = self.mlp["2"](jax.nn.gelu(h_BLD, approximate=True))
         h_BLD = dropout(h_BLD, dropout_keys_B, self.dropout, 2 * salt + 1)
-        return constrain(x_BLD + gate2[:, None] * h_BLD, BATCH, None, None), memory
+        return constrain(x_BLD + gate2[:, None] * h_BLD, BATCH, SEQUENCE, None), memory
 
     def _attend(self, x_BLD: jax.Array, view: View, memory: Any) -> tuple[jax.Array, Any]:
         batch, length, width = x_BLD.shape
         query, key, value = self._heads(x_BLD)
         query, key = (rotary(a, view.positions) for a in (query, key))
         mixed_BLHD, memory = view.attend(query, key, value, memory)
+        mixed_BLHD = constrain(mixed_BLHD, BATCH, SEQUENCE, TENSOR, None)
         return self.attn_out(mixed_BLHD.reshape(batch, length, width)), memory
 
     def _heads(self, x_BLD: jax.Array) -> Sequence[jax.Array]:
@@ -194,7 +195,9 @@ class Block(nnx.Module):
         kernel = kernel.reshape(len(kernel), 3, self.heads, -1)
         kernel = constrain(kernel, None, None, TENSOR, None)
         qkv = jnp.einsum("bld,dnhe->blnhe", x_BLD.astype(kernel.dtype), kernel)
-        return [constrain(qkv[:, :, n], BATCH, None, TENSOR, None) for n in range(3)]
+        qkv = constrain(qkv, BATCH, SEQUENCE, None, TENSOR, None)
+        # From a share of the positions, with all heads, to all positions of a share of the heads.
+        return [constrain(qkv[:, :, n], BATCH, None, WITHIN, None) for n in range(3)]
 
 
 class Embedding(nnx.Module):
@@ -208,7 +211,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens_BL: jax.Array) -> jax.Array:
         table = constrain(self.embedding[...], None, None)
-        return constrain(jnp.take(table, tokens_BL, axis=0), BATCH, None, None)
+        return constrain(jnp.take(table, tokens_BL, axis=0), BATCH, SEQUENCE, None)
 
 
 class OutputLayer(nnx.Module):
@@ -224,6 +227,7 @@ class OutputLayer(nnx.Module):
     def __call__(self, x_BLD: jax.Array, cond_BD: jax.Array) -> Readout:
         shift, scale = jnp.split(self.adaLN_modulation(cond_BD), 2, axis=-1)
         h_BLD = _modulate(self.norm_final(x_BLD), shift, scale).astype(self.dtype)
+        h_BLD = constrain(h_BLD, BATCH, None, None)
         assert self.linear.bias is not None
         return Readout(h_BLD, self.linear.kernel[...], self.linear.bias[...])
 

@@ -74,7 +74,7 @@ def test_memory_adds_up(on_cpu):
 
 
 def test_what_a_step_does(on_cpu):
-    assert on_cpu.devices == 8 and on_cpu.mesh == dict(data=4, fsdp=2, tensor=1)
+    assert on_cpu.devices == 8 and on_cpu.mesh == dict(data=4, fsdp=2, tensor=1, sequence=1)
     kinds = {each.kind: each for each in on_cpu.collectives}
     assert "all-reduce" in kinds and "all-gather" in kinds  # of gradients, of parameters
     assert on_cpu.bytes_accessed > on_cpu.compiler_bytes  # it counts the micro-batch once
@@ -84,7 +84,7 @@ def test_an_unknown_chip_leaves_blanks(on_cpu):
     assert on_cpu.chip is None and on_cpu.seconds is None and on_cpu.fits is None
     told = ahead.text(on_cpu, tiny())
     assert "of unknown" in told and "does not fit" not in told
-    assert told.startswith("8 x cpu (data=4 fsdp=2 tensor=1)")
+    assert told.startswith("8 x cpu (data 4 x fsdp 2)")
     values = json.loads(json.dumps(ahead.to_dict(on_cpu)))
     assert values["mfu"] is None and values["memory"]["total"] == on_cpu.memory.total
 
@@ -137,6 +137,17 @@ def test_remedies_in_order_of_cost(message):
         "more devices than 32",
     ]
     assert "7.50 GiB less" in advice[3]
+
+
+def test_a_device_with_one_sequence_at_a_time_may_share_it():
+    """Four at a time on four devices: of six heads and 16 positions two devices may each take half,
+    not four a quarter."""
+    config = tiny(train__batch_size=8, train__micro_batches=2, model__heads=6, model__width=24)
+    error = str(remedies.does_not_fit(jax.errors.JaxRuntimeError(OF_ALL), config, 4, GIB))
+    shared = "--config.mesh.sequence=2 --config.mesh.data=-1 --config.train.micro_batches=4: "
+    assert error.splitlines()[1].strip().startswith(shared)
+    config.mesh.sequence, config.train.micro_batches = 2, 4
+    assert "mesh.sequence" not in remedies.advice(config, 4, GIB, "")
 
 
 def test_remedies_that_are_taken_are_not_named():

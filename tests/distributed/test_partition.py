@@ -31,14 +31,14 @@ def state(order="lomdm", vocabulary=65):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_table_knows_every_array_of_every_order(order):
-    mesh, tree = meshes.make_mesh(2, 2, 2), state(order)
+    mesh, tree = meshes.make_mesh(1, 2, 2, 2), state(order)
     placed = partition.shardings(mesh, tree)
     assert jax.tree.structure(placed) == jax.tree.structure(tree)
     assert sum(row.arrays for row in partition.table(mesh, tree)) == len(jax.tree.leaves(tree))
     # What follows a parameter lies where it does.
     assert placed.params == placed.ema
     kernel = lambda tree: tree["backbone"]["blocks"][0]["mlp"]["0"]["kernel"]  # noqa: E731
-    assert kernel(placed.params).spec == P("fsdp", "tensor")
+    assert kernel(placed.params).spec == P(partition.SHARED, "tensor")
 
 
 def test_an_array_without_a_rule_is_an_error():
@@ -50,16 +50,16 @@ def test_an_array_without_a_rule_is_an_error():
 @pytest.mark.parametrize(
     ("width", "vocabulary", "spec"),
     [
-        (16, 64, P("fsdp", "tensor")),
-        (16, 65, P(("fsdp", "tensor"))),  # the vocabulary does not divide
-        (6, 65, P("fsdp")),
+        (16, 64, P(partition.SHARED, "tensor")),
+        (16, 65, P(("tensor", *partition.SHARED))),  # the vocabulary does not divide
+        (12, 65, P(partition.SHARED)),
         (5, 65, P()),
     ],
 )
 def test_the_first_split_that_divides_is_taken(width, vocabulary, spec):
     kernel = jax.ShapeDtypeStruct((width, vocabulary), jnp.float32)
     tree = {"output_layer": {"linear": {"kernel": kernel}}}
-    (sharding,) = jax.tree.leaves(partition.shardings(meshes.make_mesh(2, 2, 2), tree))
+    (sharding,) = jax.tree.leaves(partition.shardings(meshes.make_mesh(1, 2, 2, 2), tree))
     assert sharding.spec == spec
 
 
@@ -69,7 +69,7 @@ def test_the_report_says_what_a_device_holds():
     held = sum(row.held for row in partition.table(mesh, tree))
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
     assert whole / 8 < held < whole / 3
-    assert "data 1, fsdp 4, tensor 2" in text and f"{held / 2**20:,.1f} per device" in text
+    assert "mesh: fsdp 4 x tensor 2;" in text and f"{held / 2**20:,.1f} per device" in text
     assert len(partition.report(meshes.make_mesh(1), tree).splitlines()) == 1
 
 
@@ -77,15 +77,16 @@ def test_meshes_that_cannot_be_are_refused():
     for sizes in ((16, 1, 1), (-1, 16, 1), (3, 3, 1)):
         with pytest.raises(UserError, match=r"config.mesh.*8 cpu device"):
             meshes.make_mesh(*sizes)
-    assert dict(meshes.make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    with pytest.raises(UserError, match=r"config.some.key gives 6.*over 4 devices"):
-        meshes.check_divides(meshes.make_mesh(2, 2, 2), "some.key", 6)
+    shape = dict(meshes.make_mesh(-1, 2, 2).shape)
+    assert shape == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+    with pytest.raises(UserError, match=r"config.some.key gives 5.*over 2 devices"):
+        meshes.check_divides(meshes.make_mesh(1, 2, 2, 2), "some.key", 5)
 
 
 def test_rows_lie_where_the_mesh_puts_them():
     """Also if devices come in an order that scatters the rows of a process."""
     devices = [jax.devices()[i] for i in (0, 5, 2, 7, 4, 1, 6, 3)]
-    mesh = meshes.make_mesh(4, 1, 2, devices)
+    mesh = meshes.make_mesh(4, 1, 2, devices=devices)
     rows = meshes.own_rows(mesh, 8)
     np.testing.assert_array_equal(rows, np.arange(8))  # one process has all
     batch = {"tokens": np.arange(16).reshape(8, 2)}

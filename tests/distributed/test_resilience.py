@@ -10,7 +10,7 @@ from benchmarks import resilience
 from benchmarks.resilience import Kill, arguments, chaos, complete, environment, start
 from launch import local_processes
 
-FSDP = (1, 2, 1)
+FSDP = (1, 2, 1, 1)
 
 
 @pytest.fixture(scope="module")

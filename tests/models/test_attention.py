@@ -105,12 +105,14 @@ def test_splash_attention_in_half_precision(splash_on_cpu):
 
 @pytest.mark.parametrize("segment", [None, documents(128, *([60 + row] for row in range(4)))])
 def test_splash_attention_over_a_mesh(splash_on_cpu, segment):
-    """Each device has one row and one head of its own."""
-    with jax.set_mesh(meshes.make_mesh(2, 2, 2)):
-        jaxpr = jax.make_jaxpr(partial(attended, kind=causal, segment=segment))(heads(4, 128))
-        found = dict(primitives(jaxpr.jaxpr))
-        assert np.prod(found["pallas_call"][-1]) == 128 * 8
-        assert_same(heads(4, 128), causal, segment)
+    """Each device has a row or two and one head of its own."""
+    for mesh, count in (((2, 2, 2), 2), ((1, 2, 2, 2), 4)):
+        inputs = heads(4, 128, count)
+        with jax.set_mesh(meshes.make_mesh(*mesh)):
+            jaxpr = jax.make_jaxpr(partial(attended, kind=causal, segment=segment))(inputs)
+            found = dict(primitives(jaxpr.jaxpr))
+            assert np.prod(found["pallas_call"][-1]) == 4 * count * 128 * 8 / 8
+            assert_same(inputs, causal, segment)
 
 
 # --- Which it is ---

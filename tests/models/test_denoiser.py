@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from lomdm_jax.distributed import mesh as meshes
+from lomdm_jax.distributed.costs import collectives, parse
 from lomdm_jax.models.denoiser import Denoiser
-from lomdm_jax.models.transformer import Sizes, rotary
+from lomdm_jax.models.transformer import Sizes, Transformer, rotary
+from lomdm_jax.models.visibility import full
 from tests.networks import noisy, shapes_of
 
 SIZES = Sizes(11, width=16, layers=2, heads=2, cond_dim=8, dropout=0.5, dtype=jnp.float32)
@@ -222,3 +225,23 @@ def test_no_gradient_crosses_from_one_document_to_another(kind):
 
     grads = jax.jit(jax.grad(total))(params)["backbone"]["vocab_embed"]["embedding"]
     assert (grads[:5] == 0).all() and (grads[5:10] != 0).any() and jnp.isfinite(grads).all()
+
+
+def test_devices_that_share_positions_exchange_heads_for_them_and_nothing_else():
+    """Each of four has a quarter of the positions, and for attention a quarter of the heads."""
+    sizes = SIZES._replace(heads=4)
+    graphdef, shapes = shapes_of(lambda: Transformer(sizes, rngs=nnx.Rngs(0)))
+    params, tokens, cond = noisy(shapes, 0.3), jnp.arange(16).reshape(2, 8) % 10, jnp.ones((2, 8))
+
+    def hidden(params, tokens):
+        return nnx.merge(graphdef, params).hidden(tokens, cond, full(8))
+
+    alone = jax.jit(hidden)(params, tokens)
+    with jax.set_mesh(meshes.make_mesh(1, sequence=4)):
+        call = jax.jit(hidden).lower(params, tokens).compile()
+        shared = call(params, tokens)
+    np.testing.assert_allclose(alone, shared, rtol=1e-5, atol=1e-5)
+    assert {piece.data.shape for piece in shared.addressable_shards} == {(2, 2, 16)}
+    (exchanged,) = collectives(parse(call.as_text()))
+    states = 4 * 2 * 2 * 16  # bytes of a device's hidden states
+    assert exchanged.kind == "all-to-all" and exchanged.size == 2 * 4 * states  # q, k, v and back

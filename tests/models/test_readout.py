@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from lomdm_jax.distributed.costs import collectives, parse
 from lomdm_jax.models import readout
-from lomdm_jax.models.placement import BATCH
+from lomdm_jax.models.placement import BATCH, WITHIN
 from lomdm_jax.models.readout import Logits, Readout
 
 DRAWS, ROWS, LENGTH, WIDTH, VOCAB = 2, 4, 12, 8, 11
@@ -121,11 +121,11 @@ def test_no_array_of_all_logits():
     assert size * vocab <= readout.LOGITS < positions * vocab and count > 1
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_devices_keep_what_is_theirs(tensor, parts):
+@pytest.mark.parametrize("within", [(1, 1), (2, 1), (1, 2)])
+def test_devices_keep_what_is_theirs(within, parts):
     """Over a mesh the results are the same; and devices that split a batch exchange nothing but
     how many parts there are, and once the gradient of the parameters."""
-    mesh = jax.make_mesh((4, 1, tensor), (*BATCH, "tensor"), (AxisType.Auto,) * 3)
+    mesh = jax.make_mesh((4, 1, *within), (*BATCH, *WITHIN), (AxisType.Auto,) * 4)
     model, tokens = network()
     weights = jax.random.normal(jax.random.key(1), SHAPE)
     where = jnp.asarray(wheres()["one row"])
@@ -143,7 +143,7 @@ def test_devices_keep_what_is_theirs(tensor, parts):
         gradients, found = call((hidden, *inputs[1:]), *batch)
     for a, b in zip((*found, *gradients), (*costs, *expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    if tensor == 1:
+    if within == (1, 1):
         (exchanged,) = collectives(parse(call.as_text()))
         assert exchanged.kind == "all-reduce"
         assert exchanged.size == 4 * (WIDTH * VOCAB + VOCAB + 1)
