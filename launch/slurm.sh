@@ -15,7 +15,8 @@
 #
 # Five minutes before the time limit all processes get a SIGTERM (without B: it goes to the job's
 # steps, not to this script), as they do where a preempted job has a grace time. They save and
-# exit with 143; then the job goes back into the queue, and continues from there.
+# exit with 143; then the job goes back into the queue, and continues from there. One that is ended
+# by scancel saves as well, and stays out of it.
 #SBATCH --job-name=lomdm
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
@@ -54,6 +55,13 @@ srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
 case $status in
 0) echo "slurm.sh: done" ;;
 1)
+  # scancel sends a SIGTERM too; Slurm would requeue the job even then.
+  case $(squeue --noheader --format=%T --job "$SLURM_JOB_ID") in
+  COMPLETING | CANCELLED)
+    echo "slurm.sh: all saved; job $SLURM_JOB_ID was cancelled; the same sbatch command continues the run"
+    exit 143
+    ;;
+  esac
   echo "slurm.sh: all saved; job $SLURM_JOB_ID goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID"
   exit 143

@@ -44,7 +44,8 @@ def scratch(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "home" / "lomdm" / ".venv" / "bin").mkdir(parents=True)
     scontrol = """echo "scontrol $*" >> "$SCRATCH/calls" """
-    tools = {"gcloud": GCLOUD, "srun": SRUN, "scontrol": scontrol, "task": TASK}
+    squeue = """echo "${STATE:-RUNNING}" """
+    tools = dict(gcloud=GCLOUD, srun=SRUN, scontrol=scontrol, squeue=squeue, task=TASK)
     for name, text in tools.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{text}")
@@ -192,11 +193,10 @@ def test_bad_input_is_refused_before_anything_is_done(scratch, arguments, variab
     assert calls(scratch) == []
 
 
-def sbatch(scratch, codes, *arguments):
+def sbatch(scratch, codes, *arguments, **variables):
     arguments = arguments or ("--config", "a b.py", "--workdir", "/runs/x")
-    return bash(
-        scratch, SLURM, *arguments, SLURM_JOB_ID="17", CODES=codes, PYTHON=str(scratch / "bin/task")
-    )
+    variables |= dict(SLURM_JOB_ID="17", CODES=codes, PYTHON=str(scratch / "bin/task"))
+    return bash(scratch, SLURM, *arguments, **variables)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,12 @@ def test_slurm_requeues_what_saved_and_nothing_else(scratch, codes, status, requ
     assert done.returncode == status, done.stderr
     assert ("scontrol requeue 17" in calls(scratch)) == requeued
     assert calls(scratch)[0] == "-u -m lomdm_jax.main --config a b.py --workdir /runs/x"
+
+
+def test_slurm_does_not_bring_back_what_was_cancelled(scratch):
+    done = sbatch(scratch, "143 143", STATE="COMPLETING")
+    assert (done.returncode, "was cancelled" in done.stdout) == (143, True)
+    assert not any("requeue" in call for call in calls(scratch))
 
 
 def test_slurm_refuses_what_cannot_work(scratch):
