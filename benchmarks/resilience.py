@@ -48,8 +48,7 @@ MESHES: list[Sizes] = [
     *[(4, 1, 1, 1), (2, 2, 1, 1), (1, 2, 2, 1), (1, 1, 4, 1), (1, 2, 1, 2), (1, 1, 1, 4)],
 ]
 # Seconds in which processes must end when another is gone: at the latest by JAX's heartbeat, which
-# takes 100. Before they have joined they wait for it for minutes, and are stopped here as a launcher
-# stops them.
+# takes 100. Before they have joined they wait for it for minutes, and are stopped as by a launcher.
 PATIENCE, STARTING = 150.0, 10.0
 
 # Trains as usual, and writes down a hash of every global batch as it lies on the devices.

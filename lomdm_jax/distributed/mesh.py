@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lomdm_jax.errors import UserError
@@ -32,7 +33,8 @@ def make_mesh(
     devices: None for those that are present.
 
     Raises:
-      UserError: if there are fewer devices, or processes that would have none.
+      UserError: if there are fewer devices, processes that would have none, or devices that are not
+        joined by a torus.
     """
     devices = jax.devices() if devices is None else list(devices)
     others = (fsdp, tensor, sequence)
@@ -50,8 +52,24 @@ def make_mesh(
             f"config.mesh asks for {asked}, which is {count} of the {len(devices)} devices of "
             f"{jax.process_count()} processes: with several processes use all of them."
         )
-    kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(sizes, AXES, kinds, devices=devices[:count])
+    return Mesh(_grid(devices[:count], sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(devices: Sequence[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
+    """The devices in the shape `sizes`, neighbours of a TPU's torus next to each other."""
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        raise UserError(
+            "The devices are of several TPU slices, and a run is on one: start the program on the "
+            "hosts of one slice only."
+        )
+    try:
+        # Unlike jax.make_mesh also where an axis of the mesh is a part of one of the torus.
+        return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    except AssertionError as error:
+        raise UserError(
+            f"config.mesh asks for {len(devices)} of the TPU's devices, which do not form a "
+            "rectangle: use 1, 2, 4 and so on, or all of them with config.mesh.data=-1."
+        ) from error
 
 
 def described(shape: Mapping[str, int]) -> str:

@@ -1,5 +1,7 @@
 """The mesh, and the table of what is split over it."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +83,31 @@ def test_meshes_that_cannot_be_are_refused():
     assert shape == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
     with pytest.raises(UserError, match=r"config.some.key gives 5.*over 2 devices"):
         meshes.check_divides(meshes.make_mesh(1, 2, 2, 2), "some.key", 5)
+
+
+def torus(*sides):
+    """What a mesh looks at of the chips of a TPU v5p slice."""
+    kind = dict(
+        platform="tpu", device_kind="TPU v5", core_on_chip=0, process_index=0, slice_index=0
+    )
+    return [SimpleNamespace(coords=coords, **kind) for coords in np.ndindex(*sides)]
+
+
+def test_any_split_of_a_torus_keeps_neighbours_together():
+    """Also one by 4, which no axis of the torus has."""
+    grid = meshes._grid(torus(8, 8, 8), (128, 1, 4, 1))
+    coordinates = np.array([[chip.coords for chip in row] for row in grid[:, 0, :, 0]])
+    assert (np.abs(np.diff(coordinates, axis=1)).sum(-1) == 1).all()
+    assert len({tuple(each) for each in coordinates.reshape(-1, 3)}) == 512
+
+
+def test_devices_that_no_torus_joins_are_refused():
+    chips = torus(2, 2, 1)
+    with pytest.raises(UserError, match="3 of the TPU's devices, which do not form a rectangle"):
+        meshes._grid(chips[:3], (3, 1, 1, 1))
+    chips[1].slice_index = 1
+    with pytest.raises(UserError, match="of several TPU slices"):
+        meshes._grid(chips[:2], (2, 1, 1, 1))
 
 
 def test_rows_lie_where_the_mesh_puts_them():
