@@ -11,14 +11,20 @@ all that are there.
 import argparse
 import importlib.metadata
 import json
+import math
 import pathlib
 import subprocess
 import sys
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from lomdm_jax.distributed.mesh import described  # noqa: E402
+from lomdm_jax.evaluation.order_charts import COLOURS, GREY, MARKERS  # noqa: E402
 
 
 class Case(NamedTuple):
@@ -151,7 +157,37 @@ def write(folder: pathlib.Path) -> None:
         lines += table(cases, folder)
     for path in sorted(folder.glob("*.txt")):
         lines += ["", f"{path.stem}:", "", "```", path.read_text().strip(), "```"]
+    lines += ["", "![Milliseconds of a step against the number of chips](scaling.png)"]
     (ROOT / "benchmarks" / "scaling.md").write_text("\n".join([*lines, ""]))
+    draw(folder).savefig(ROOT / "benchmarks" / "scaling.png", dpi=150)
+
+
+def draw(folder: pathlib.Path) -> Figure:
+    """What a step takes on ever more chips."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True):
+        paths = [folder / f"{case}.json" for case in CASES[name]]
+        reports = [json.loads(path.read_text()) for path in paths if path.exists()]
+        draw_parts(axes, reports)
+        axes.set(title=TITLES[name].rstrip(":"), xlabel="TPU v5p chips")
+    axes.legend(frameon=False)
+    figure.axes[0].set_ylabel("milliseconds of a step, at the chip's best")
+    return figure
+
+
+def draw_parts(axes: Axes, reports: list[dict[str, Any]]) -> None:
+    chips = [report["devices"] for report in reports]
+    low, high = ([1e3 * report["step_seconds"][end] for report in reports] for end in (0, 1))
+    axes.fill_between(chips, low, high, color=GREY, alpha=0.25, lw=0, label="a step")
+    for number, part in enumerate(("compute", "memory", "links")):
+        values = [1e3 * report["seconds"][part] or math.nan for report in reports]
+        look = dict(color=COLOURS[number], marker=MARKERS[number], ms=4)
+        axes.plot(chips, values, label={"compute": "products"}.get(part, part), **look)
+    axes.set(xscale="log", yscale="log", xticks=chips)
+    for axis in (axes.xaxis, axes.yaxis):  # numbers instead of powers
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
 
 
 def main() -> None:

@@ -399,13 +399,21 @@ def _exchange(program: Program, kind: str, visit: Visit) -> Collective:
 
 def group_size(attributes: str, partitions: int) -> int:
     """Devices that exchange with each other: `replica_groups`, in any of the ways that it is
-    written, {{0,1},{2,3}}, [2,2]<=[4] (groups, devices of one) or mesh['a'=2,'b'=2] {'b'}."""
+    written, {{0,1},{2,3}}, [2,2]<=[4] (groups, devices of one) or mesh['a'=2,'b'=2] {'b'}, which
+    may say in between in what order the devices are; {} for all.
+
+    Raises:
+      ValueError: it is written in another way.
+    """
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(listed[1].split(","))
     if counted := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(counted[1])
-    if named := re.search(r"replica_groups=\w+\[([^\]]*)\] \{([^}]*)\}", attributes):
+    mesh = r"replica_groups=\w+\[([^\]]*)\](?:, device_ids=[^{]*)? \{([^}]*)\}"
+    if named := re.search(mesh, attributes):
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # 'a':(1)2 is a part of 'a'
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
+    if "replica_groups=" in attributes and "replica_groups={}" not in attributes:
+        raise ValueError(f"replica_groups in an unknown form: {attributes[:200]}")
     return partitions
