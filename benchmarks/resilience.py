@@ -455,7 +455,9 @@ DAMAGES: dict[str, Callable[[pathlib.Path], Any]] = {
 }
 
 
-def damage(folder: pathlib.Path) -> dict[tuple[str, str], str]:
+def damage(
+    folder: pathlib.Path, damages: Sequence[str] = tuple(DAMAGES)
+) -> dict[tuple[str, str], str]:
     """By file of the newest checkpoint and damage: "named", where a run would say that it is
     damaged and go on from the one before; "unseen", where it is no longer taken for a checkpoint,
     with the same effect; "harmless", where all of the state is there nevertheless; otherwise what
@@ -467,8 +469,8 @@ def damage(folder: pathlib.Path) -> dict[tuple[str, str], str]:
     whole, found = attempt(), {}
     for path in sorted(path for path in newest.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for name, harm in DAMAGES.items():
-            harm(path)
+        for name in damages:
+            DAMAGES[name](path)
             found[str(path.relative_to(newest)), name] = judged(attempt, whole)
             path.write_bytes(content)
     return found

@@ -168,7 +168,8 @@ def draw(folder: pathlib.Path) -> Figure:
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True):
         paths = [folder / f"{case}.json" for case in CASES[name]]
         reports = [json.loads(path.read_text()) for path in paths if path.exists()]
-        draw_parts(axes, reports)
+        if reports:
+            draw_parts(axes, reports)
         axes.set(title=TITLES[name].rstrip(":"), xlabel="TPU v5p chips")
     axes.legend(frameon=False)
     figure.axes[0].set_ylabel("milliseconds of a step, at the chip's best")

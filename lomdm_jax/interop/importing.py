@@ -27,7 +27,7 @@ from lomdm_jax.interop.exporting import (
 )
 from lomdm_jax.interop.files import entries, read_json, whole
 from lomdm_jax.trained import save
-from lomdm_jax.training.checkpoint import IMPORTED, METRIC, Checkpoints, by_name, model_facts
+from lomdm_jax.training.checkpoint import BOUND, IMPORTED, Checkpoints, by_name, model_facts
 from lomdm_jax.training.optimizer import make_optimizer
 from lomdm_jax.training.state import init_state
 
@@ -245,4 +245,4 @@ def _bound(exported: Exported) -> float | None:
     """nelbo_order of the evaluation, by which checkpoints are told apart."""
     if exported.evaluation is None:
         return None
-    return json.loads(exported.evaluation).get(f"{METRIC}_nats_per_token")
+    return json.loads(exported.evaluation).get(f"{BOUND}_nats_per_token")

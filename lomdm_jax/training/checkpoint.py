@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from lomdm_jax.distributed import multihost
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.training.state import TrainState
 
-METRIC = "nelbo_order"  # the best checkpoint is the one with the lowest
+BOUND = "nelbo_order"  # a fact of what was evaluated; the best checkpoint has the lowest
 
 
 class Damaged(Exception):
@@ -30,6 +30,22 @@ class Restored(NamedTuple):
 
     state: TrainState
     data: dict[str, Any]
+
+
+def _best(bounds: dict[int, float], steps: Iterable[int]) -> int | None:
+    """Which of the steps has the lowest bound; None if none was evaluated."""
+    return min((step for step in steps if step in bounds), key=bounds.__getitem__, default=None)
+
+
+class _Best(preservation_policy.PreservationPolicy):
+    """Keeps the best checkpoint. bounds: by step, looked at whenever one is saved."""
+
+    def __init__(self, bounds: dict[int, float]):
+        self._bounds = bounds
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        best = _best(self._bounds, [each.step for each in checkpoints])
+        return [each.step == best for each in checkpoints]
 
 
 class Checkpoints:
@@ -52,24 +68,14 @@ class Checkpoints:
         self.folder = folder.absolute()
         if not create and not folder.is_dir():
             raise self._missing("at all", [])
-        policies = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics[METRIC],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
+        self._bounds: dict[int, float] = {}
+        policies = [preservation_policy.LatestN(keep), _Best(self._bounds)]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies,
-            best_fn=lambda metrics: metrics[METRIC],  # without it metrics are not written
-            best_mode="min",
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._bounds |= {step: bound for step in self.steps() if (bound := self._bound(step))}
 
     def save(
         self,
@@ -89,14 +95,18 @@ class Checkpoints:
         Raises:
           UserError: this or the one before could not be written; the others are as they were.
         """
+        step = int(state.step)
+        self._bounds.pop(step, None)
+        if bound is not None:
+            self._bounds[step] = bound
+            facts = facts | {BOUND: bound}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
             facts=ocp.args.JsonSave(facts),
         )
-        metrics = None if bound is None else {METRIC: bound}
         with self._writing():
-            self._manager.save(int(state.step), args=items, metrics=metrics)
+            self._manager.save(step, args=items)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -129,18 +139,19 @@ class Checkpoints:
         if which == "latest":
             step = self.latest()
         elif which == "best":
-            step = self._best(steps)
+            step = _best(self._bounds, steps)
         else:
             step = int(which)
         if step is None or step not in steps:
             raise self._missing(repr(which), steps)
         return step
 
-    def _best(self, steps: list[int]) -> int | None:
-        """The evaluated step with the lowest bound, or None if none was evaluated."""
-        found = {step: self._manager.metrics(step) for step in steps}
-        bounds = {step: metrics[METRIC] for step, metrics in found.items() if metrics}
-        return min(bounds, key=lambda step: bounds[step], default=None)
+    def _bound(self, step: int) -> float | None:
+        """nelbo_order as it was evaluated at `step`; None if it was not, or cannot be read."""
+        try:
+            return self.facts(step).get(BOUND)
+        except Damaged:  # told where the checkpoint is used
+            return None
 
     def _missing(self, which: str, steps: list[int]) -> UserError:
         return UserError(

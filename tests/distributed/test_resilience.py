@@ -66,6 +66,14 @@ def test_processes_at_odds_are_told_so(folder):
     assert not list((folder / "odds" / "checkpoints").iterdir())
 
 
+def test_no_emptied_file_of_a_checkpoint_is_trained_on(folder):
+    """A part of `python benchmarks/resilience.py damage`."""
+    found = resilience.damage(folder, ["emptied"])
+    told = {file for (file, _), what in found.items() if what in ("named", "unseen")}
+    assert {"data/metadata", "facts/metadata", "state/manifest.ocdbt"} <= told
+    assert set(found.values()) <= {"named", "unseen", "harmless"}, found
+
+
 def test_damage_that_one_process_meets_is_known_to_all(folder):
     """The shard of process 1 is cut in half: both go back to the checkpoint before."""
     workdir, steps = folder / "damaged", ("train.steps=6", "checkpoint.every=3")
