@@ -18,7 +18,7 @@ from lomdm_jax.distributed import multihost
 from lomdm_jax.errors import UserError, one_line
 from lomdm_jax.training.state import TrainState
 
-BOUND = "nelbo_order"  # a fact of what was evaluated; the best checkpoint has the lowest
+BOUND = "nelbo_order"  # the best checkpoint is the one with the lowest
 
 
 class Damaged(Exception):
@@ -97,16 +97,16 @@ class Checkpoints:
         """
         step = int(state.step)
         self._bounds.pop(step, None)
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(data),
+            "facts": ocp.args.JsonSave(facts),
+        }
         if bound is not None:
             self._bounds[step] = bound
-            facts = facts | {BOUND: bound}
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data),
-            facts=ocp.args.JsonSave(facts),
-        )
+            items["evaluation"] = ocp.args.JsonSave({BOUND: bound})
         with self._writing():
-            self._manager.save(step, args=items)
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -149,8 +149,8 @@ class Checkpoints:
     def _bound(self, step: int) -> float | None:
         """nelbo_order as it was evaluated at `step`; None if it was not, or cannot be read."""
         try:
-            return self.facts(step).get(BOUND)
-        except Damaged:  # told where the checkpoint is used
+            return self._read(step, "evaluation")[BOUND]
+        except (Damaged, KeyError):
             return None
 
     def _missing(self, which: str, steps: list[int]) -> UserError:
@@ -207,8 +207,11 @@ class Checkpoints:
         Raises:
           Damaged: they are missing or cannot be read.
         """
+        return self._read(step, "facts")
+
+    def _read(self, step: int, item: str) -> dict[str, Any]:
         try:
-            return ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "facts")
+            return ocp.JsonCheckpointHandler().restore(self.folder / str(step) / item)
         except Exception as error:
             raise Damaged(one_line(error)) from error
 

@@ -232,10 +232,16 @@ def test_bytes_of_a_loop():
 
 def test_loops_that_say_how_long_they_are():
     noted = 'condition=%until, backend_config={"known_trip_count":{"n":"7"}}, body=%body'
-    program = costs.parse(LOOP.replace("condition=%until, body=%body", noted))
+    loop = LOOP.replace("GROUPS", "{}")
+    program = costs.parse(loop.replace("condition=%until, body=%body", noted))
     assert costs.collectives(program)[0].times == 7
-    unknown = costs.parse(LOOP.replace("direction=LT", "direction=NE"))
+    unknown = costs.parse(loop.replace("direction=LT", "direction=NE"))
     assert costs.collectives(unknown)[0].times == 1
+
+
+def test_groups_in_an_unknown_form_are_not_guessed_at():
+    with pytest.raises(ValueError, match=r"replica_groups in an unknown form.*GROUPS"):
+        costs.collectives(costs.parse(LOOP))
 
 
 ASYNC = """HloModule jit_f, is_scheduled=true, num_partitions=4

@@ -30,7 +30,7 @@ def test_the_best_is_kept_and_found_across_restarts(tmp_path):
 
 def test_a_bound_that_cannot_be_read_leaves_the_others(tmp_path):
     save(tmp_path / "c", {10: 3.0, 20: 2.0})
-    (tmp_path / "c" / "20" / "facts" / "metadata").write_text("{")
+    (tmp_path / "c" / "20" / "evaluation" / "metadata").write_text("{")
     assert Checkpoints(tmp_path / "c", 2, create=False).find("best") == 10
 
 
