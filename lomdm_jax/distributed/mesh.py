@@ -56,14 +56,17 @@ def make_mesh(
 
 
 def _grid(devices: Sequence[jax.Device], sizes: tuple[int, ...]) -> np.ndarray:
-    """The devices in the shape `sizes`, neighbours of a TPU's torus next to each other."""
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    """The devices in the shape `sizes`, neighbours of a TPU's torus next to each other; of GPUs and
+    CPUs one machine after the other."""
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1 and devices[0].platform == "tpu":
         raise UserError(
             "The devices are of several TPU slices, and a run is on one: start the program on the "
             "hosts of one slice only."
         )
     try:
-        # Unlike jax.make_mesh also where an axis of the mesh is a part of one of the torus.
+        # Unlike jax.make_mesh also where an axis of the mesh is a part of one of the torus, and for
+        # GPUs of several machines, to which JAX gives a slice_index each.
         return create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     except AssertionError as error:
         raise UserError(

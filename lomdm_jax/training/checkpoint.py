@@ -75,7 +75,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,  # what a killed save left behind
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
-        self._bounds |= {step: bound for step in self.steps() if (bound := self._bound(step))}
+        found = {step: self._bound(step) for step in self.steps()}
+        self._bounds |= {step: bound for step, bound in found.items() if bound is not None}
 
     def save(
         self,

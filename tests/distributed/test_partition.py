@@ -110,6 +110,14 @@ def test_devices_that_no_torus_joins_are_refused():
         meshes._grid(chips[:2], (2, 1, 1, 1))
 
 
+def test_gpus_of_several_machines_are_one_mesh():
+    """JAX tells machines apart as slices; the last axes stay within one."""
+    kind = dict(platform="gpu", device_kind="NVIDIA H200")
+    gpus = [SimpleNamespace(id=i, slice_index=i // 8, **kind) for i in range(16)]
+    grid = meshes._grid([*gpus[8:], *gpus[:8]], (2, 2, 4, 1))
+    assert [{gpu.slice_index for gpu in row.flat} for row in grid] == [{0}, {1}]
+
+
 def test_rows_lie_where_the_mesh_puts_them():
     """Also if devices come in an order that scatters the rows of a process."""
     devices = [jax.devices()[i] for i in (0, 5, 2, 7, 4, 1, 6, 3)]

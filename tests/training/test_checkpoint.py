@@ -23,7 +23,7 @@ def test_the_best_is_kept_and_found_across_restarts(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", 2, create=False)
     assert checkpoints.steps() == [20, 60, 70]
     assert checkpoints.find("best") == 20 and checkpoints.find("latest") == 70
-    save(tmp_path / "c", {80: 1.0, 90: None, 100: None})
+    save(tmp_path / "c", {80: 0.0, 90: None, 100: None})
     again = Checkpoints(tmp_path / "c", 2, create=False)
     assert again.steps() == [80, 90, 100] and again.find("best") == 80
 
