@@ -171,7 +171,8 @@ def draw(folder: pathlib.Path) -> Figure:
         if reports:
             draw_parts(axes, reports)
         axes.set(title=TITLES[name].rstrip(":"), xlabel="TPU v5p chips")
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
     figure.axes[0].set_ylabel("milliseconds of a step, at the chip's best")
     return figure
 
