@@ -39,9 +39,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import local_processes  # noqa: E402
+from lomdm_jax.distributed.mesh import AXES  # noqa: E402
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-Sizes = tuple[int, int, int, int]
+Sizes = tuple[int, int, int, int]  # of a mesh, in the order of AXES
 ONE: Sizes = (1, 1, 1, 1)
 MESHES: list[Sizes] = [
     *[(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],

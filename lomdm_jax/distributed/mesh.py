@@ -16,9 +16,9 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lomdm_jax.errors import UserError
-from lomdm_jax.models.placement import BATCH
+from lomdm_jax.models.placement import BATCH, WITHIN
 
-AXES = ("data", "fsdp", "tensor", "sequence")
+AXES = (*BATCH, *WITHIN)
 
 
 def make_mesh(
